@@ -1,0 +1,204 @@
+"""Run folders: create one, log to it, checkpoint it, resume it, reload what it trained.
+
+    config.json  metrics.jsonl  guidance.jsonl  outcomes.jsonl  summary.json  checkpoints/  events.out.* (TensorBoard)
+
+Every line of a .jsonl file carries the phase it was written in, so that a resumed run can cut them back to its
+checkpoint. Errors are ValueError with one line that says what to do; once training is under way nothing in here stops
+it: a log or checkpoint that can't be written is reported once and training goes on.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "craftax", "transformers", "openai")
+LOGS = ("metrics.jsonl", "guidance.jsonl", "outcomes.jsonl")
+
+
+def create(folder: Path, config: dict[str, Any]) -> Path:
+    """Make a new run folder with its config.json. Raises ValueError if it exists or can't be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--run-dir: {folder} exists and is not empty; choose another, or continue it with --resume {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", config)
+    except OSError as error:
+        raise ValueError(f"--run-dir: can't write to {folder} ({error.strerror}); choose another folder") from None
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run that can be resumed. Raises ValueError if the folder is no run or has no checkpoint."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        config["flags"]["seed"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"--resume: {folder} is no run folder (no readable config.json in it)") from None
+    if not any((folder / "checkpoints").glob("[0-9]*")):
+        raise ValueError(f"--resume: {folder} has no checkpoint yet; start anew with another --run-dir")
+    return config
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, device and git commit, for config.json."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True)
+    device = jax.devices()[0]
+    return {
+        "git_commit": git.stdout.strip() or None,
+        "versions": versions,
+        "device": f"{device.platform}: {device.device_kind}",
+        "num_cpus": os.cpu_count(),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write via a temporary file, so that a kill leaves the old content or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    try:
+        write_json(folder / "summary.json", summary)
+    except OSError as error:
+        print(f"warning: can't write {folder / 'summary.json'} ({error.strerror}); it reads:", file=sys.stderr)
+        print(json.dumps(summary, indent=2))
+
+
+class Log:
+    """The .jsonl files, TensorBoard, and Weights & Biases if asked for."""
+
+    def __init__(self, folder: Path, track: bool, config: dict[str, Any]):
+        from tensorboardX import SummaryWriter
+
+        self.folder = folder
+        self.tensorboard = SummaryWriter(str(folder), flush_secs=20)
+        self.failed = False
+        self.wandb = _start_wandb(folder, config) if track else None
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """One object a phase; numbers go to TensorBoard and W&B under their tags."""
+        self.append("metrics.jsonl", [record])
+        step = record["global_step"]
+        tagged = {tag: value for tag, value in record.items() if "/" in tag and value is not None}
+        self._guarded(lambda: [self.tensorboard.add_scalar(tag, value, step) for tag, value in tagged.items()])
+        if self.wandb is not None:
+            self._guarded(lambda: self.wandb.log(tagged, step=step))
+
+    def append(self, name: str, records: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        self._guarded(lambda: _append(self.folder / name, lines))
+
+    def close(self) -> None:
+        self._guarded(self.tensorboard.close)
+        if self.wandb is not None:
+            self._guarded(self.wandb.finish)
+
+    def _guarded(self, write: Any) -> None:
+        """A full disk or a lost connection must not end a training of hours."""
+        try:
+            write()
+        except Exception as error:
+            if not self.failed:
+                print(f"warning: can't log to {self.folder} ({error}); training goes on", file=sys.stderr)
+            self.failed = True
+
+
+def _append(path: Path, text: str) -> None:
+    """Append whole lines: what a full disk cut off is taken back."""
+    with path.open("a") as file:
+        start = file.tell()
+        try:
+            file.write(text)
+            file.flush()
+        except OSError:
+            os.truncate(path, start)
+            raise
+
+
+def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--track: Weights & Biases is not installed; pip install wandb, or leave --track out") from None
+    return wandb.init(project="rladapter-jax", name=folder.name, dir=str(folder), config=config["flags"])
+
+
+class Checkpoints:
+    """Orbax checkpoints of a run: the arrays of a pytree, and a small JSON beside them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=False)
+        self.manager = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
+
+    def save(self, phase: int, arrays: Any, extra: dict[str, Any]) -> bool:
+        """True if it was written. A failure is reported and training goes on, with the older checkpoint in place."""
+        try:
+            args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), extra=ocp.args.JsonSave(extra))
+            self.manager.save(phase, args=args, force=True)
+            self.manager.wait_until_finished()
+            return True
+        except Exception as error:
+            reason = clean_line(str(error))
+            print(f"warning: can't write a checkpoint to {self.folder} ({reason}); training goes on", file=sys.stderr)
+            return False
+
+    def restore(self, arrays: Any) -> tuple[int, Any, dict[str, Any]]:
+        """(phase, arrays like those given, extra) of the newest readable checkpoint. Raises ValueError if none is."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays)
+        args = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore())
+        for phase in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                restored = self.manager.restore(phase, args=args)
+                return phase, restored["arrays"], restored["extra"]
+            except Exception as error:
+                reason = clean_line(str(error))
+                print(f"warning: checkpoint {phase} of {self.folder} can't be read ({reason})", file=sys.stderr)
+        raise ValueError(f"--resume: no checkpoint of {self.folder} fits this code; start anew with another --run-dir")
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+def clean_line(text: str) -> str:
+    return " ".join(text.split())[:200]
+
+
+def cut_logs(folder: Path, phase: int) -> None:
+    """Drop what was logged in this phase or later, or was cut off in the middle of a line."""
+    for name in LOGS:
+        path = folder / name
+        if not path.exists():
+            continue
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["phase"] < phase:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+
+
+def default_folder(env_id: str, exp_name: str, seed: int) -> Path:
+    return Path("runs") / f"{env_id}__{exp_name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"

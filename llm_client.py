@@ -3,20 +3,19 @@
     caption, previous sub-goals, analysis -> build_messages -> client.complete -> parse_reply -> Guidance
                                                                                      embed_sub_goals -> (D,) context
 
-Clients have `name: str` and
-    check()                     before training: ValueError, one line, where the guide cannot work; else it may warn
-    complete(batch, samples)    all queries of a pause: Replies in order; never raises, failures are in Reply.error
-    close()
+Clients have `name`; `check()`, before training: ValueError, one line, where the guide cannot work; `complete(batch,
+samples)`, all queries of a pause: Replies in order, never raises, failures are in Reply.error; and `close()`:
 
     rules    a decision list that reads only the text of the messages: offline, free, a stand-in for an LLM
     random   three random basic sub-goals: what any context at all is worth
     http     any OpenAI-compatible server; the key comes from OPENAI_API_KEY only
 
-Plain Python and numpy, no jax: nothing here runs on the device. Captions come from `envs.captions` as text.
+Plain Python and numpy, no jax. Captions come from `envs.captions` as text.
 """
 
 import asyncio
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -32,9 +31,7 @@ import numpy as np
 
 import envs.vocabulary as vocab
 
-# --- Messages
-
-MAX_SUB_GOALS = 5
+MAX_SUB_GOALS = 5  # of a reply
 MAX_ANALYSIS = 1_000  # characters of the adapter's analysis that are passed on
 MAX_REPLY = 20_000  # characters of a reply that are looked at
 MAX_ERROR = 300  # characters of an error message
@@ -70,9 +67,8 @@ _ESCAPES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x
 
 def clean(text: str, limit: int) -> str:
     """Text that is safe to show or log: one line, no control characters or terminal escapes, at most `limit` long."""
-    text = _ESCAPES.sub("", text[: 4 * limit + 1_000])  # what is cut off anyway is not worth looking at
-    text = " ".join(text.split())
-    text = "".join(c for c in text if c.isprintable())  # also drops bidi overrides and lone surrogates
+    text = " ".join(_ESCAPES.sub("", text[: 4 * limit + 1_000]).split())  # the rest would be cut off anyway
+    text = "".join(c for c in text if c.isprintable())  # drops bidi overrides and lone surrogates, too
     return " ".join(text.split())[:limit].rstrip()
 
 
@@ -87,24 +83,12 @@ def build_messages(caption: str, sub_goals: Sequence[int], analysis: str) -> lis
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": "\n".join(lines)}]
 
 
-def repair_messages(messages: list[dict[str, str]], text: str, reason: str) -> list[dict[str, str]]:
-    """The same chat with the unusable reply and a short correction appended."""
-    said = {"role": "assistant", "content": clean(text, 2_000)}
-    return [*messages, said, {"role": "user", "content": REPAIR_PROMPT.format(reason=reason)}]
-
-
-# --- Replies
-
-
 @dataclass(frozen=True)
 class Guidance:
-    """What a reply says. `sub_goals`: indices into SUB_GOALS, most urgent first, 1 to MAX_SUB_GOALS of them.
+    """What a reply says."""
 
-    `because`: (index into FACTS, truth) that the answer rests on; empty means on all of them.
-    """
-
-    sub_goals: tuple[int, ...]
-    because: tuple[tuple[int, bool], ...]
+    sub_goals: tuple[int, ...]  # indices into SUB_GOALS, most urgent first, 1 to MAX_SUB_GOALS of them
+    because: tuple[tuple[int, bool], ...]  # (index into FACTS, truth) that they rest on; empty means on all facts
 
 
 @dataclass(frozen=True)
@@ -125,14 +109,11 @@ _MAX_OBJECTS = 50  # tries at "{": bounds the work on a text full of braces
 
 
 def _read_sub_goals(value: Any) -> tuple[int, ...]:
-    """Indices of the sub-goals in a string or list of strings, each once, at most MAX_SUB_GOALS.
-
-    Strings are cut at list punctuation, "1." and "- " in front dropped. Unknown names and non-strings are dropped.
-    """
+    """Indices of at most MAX_SUB_GOALS sub-goals in a (list of) strings, each once; what is none of them is dropped."""
     found: dict[int, None] = {}
     for item in value if isinstance(value, list) else [value]:
         for piece in _SEPARATORS.split(item) if isinstance(item, str) else ():
-            index = vocab.sub_goal_index(re.sub(r"^[^a-zA-Z]+", "", piece))
+            index = vocab.sub_goal_index(re.sub(r"^[^a-zA-Z]+", "", piece))  # without "1." or "- " in front
             if index is not None and len(found) < MAX_SUB_GOALS:
                 found[index] = None
     return tuple(found)
@@ -158,13 +139,9 @@ def _find_object(text: str) -> dict[str, Any] | None:
 
     Keys come back in the form "subgoals", "because". Linear in the text: a bounded number of tries, each one pass.
     """
-    decoder, start = json.JSONDecoder(), -1
-    for _ in range(_MAX_OBJECTS):
-        start = text.find("{", start + 1)
-        if start < 0:
-            break
+    for brace in itertools.islice(re.finditer("{", text), _MAX_OBJECTS):
         try:
-            value, _ = decoder.raw_decode(text, start)
+            value, _ = json.JSONDecoder().raw_decode(text, brace.start())
         except (ValueError, RecursionError):
             continue
         fields = {re.sub("[^a-z]", "", key.lower()): field for key, field in value.items()}
@@ -197,16 +174,13 @@ def format_reply(sub_goals: Iterable[int], because: Iterable[tuple[str, bool]]) 
     return json.dumps({"sub_goals": [vocab.SUB_GOALS[i] for i in sub_goals], "because": because})
 
 
-# --- Captions read back
-
-
 @dataclass(frozen=True)
 class Situation:
-    """What a caption says. Distances in steps, north and west negative; tools count 1; vitals 0 to 9."""
+    """What a caption says."""
 
-    sights: dict[str, tuple[int, int]]  # name -> (dy, dx) of the nearest one
+    sights: dict[str, tuple[int, int]]  # name -> (dy, dx) of the nearest one, in steps, north and west negative
     facing: str
-    inventory: dict[str, int]
+    inventory: dict[str, int]  # tools count 1
     vitals: dict[str, int]
     dark: bool
     asleep: bool
@@ -215,12 +189,11 @@ class Situation:
 
 
 def _items(listing: str) -> list[str]:
-    """Comma-separated items; "nothing" and "nothing special" are none."""
     return [] if listing.startswith("nothing") else listing.split(", ")
 
 
 def _offset(steps: str) -> tuple[int, int]:
-    """(dy, dx) of "1 south, 3 west"."""
+    """(dy, dx) of "1 south, 3 west" and the like."""
     far = {direction: int(count) for count, direction in re.findall(r"(\d+) (north|south|west|east)", steps)}
     return far.get("south", 0) - far.get("north", 0), far.get("east", 0) - far.get("west", 0)
 
@@ -231,32 +204,29 @@ def read_caption(text: str) -> Situation:
     for line in text.splitlines():
         label, _, rest = line.partition(": ")
         lines.setdefault(label, rest.rstrip(" ."))
-    labels = ("You see", "Facing", "Inventory", "Vitals (of 9)", "Unlocked")
-    if missing := [label for label in labels if label not in lines]:
-        raise ValueError(f"no line {missing[0]!r} in the caption {clean(text, 80)!r}")
-    you_see, facing, inventory, vitals, unlocked = (lines[label] for label in labels)
-    levels = {name: int(value) for name, value in re.findall(r"([a-z]+) (\d+)", vitals)}
-    if missing := [vital for vital in vocab.VITALS if vital not in levels]:
-        raise ValueError(f"no {missing[0]!r} among the vitals of the caption {clean(text, 80)!r}")
+    vitals = {name: int(n) for name, n in re.findall(r"([a-z]+) (\d+)", lines.get("Vitals (of 9)", ""))}
+    missing = [label for label in ("You see", "Facing", "Inventory", "Unlocked") if label not in lines]
+    missing += [name for name in vocab.VITALS if name not in vitals]
+    if missing:
+        raise ValueError(f"no {missing[0]!r} in the caption {clean(text, 80)!r}")
+    items = _items(lines["Inventory"])
     about = next((line for line in text.splitlines() if line.startswith("It is ")), "")
     return Situation(
-        sights={name: _offset(steps) for name, steps in re.findall(r"([a-z][a-z ]*) \(([^)]*)\)", you_see)},
-        facing=facing,
-        inventory={item.lstrip("0123456789 "): int(re.match("[0-9]*", item)[0] or 1) for item in _items(inventory)},
-        vitals=levels,
+        sights={name: _offset(steps) for name, steps in re.findall(r"([a-z][a-z ]*) \(([^)]*)\)", lines["You see"])},
+        facing=lines["Facing"],
+        inventory={item.lstrip("0123456789 "): int(re.match("[0-9]*", item)[0] or 1) for item in items},
+        vitals=vitals,
         dark="It is dark." in about,
         asleep="The player is asleep." in about,
         enclosed="The player is enclosed." in about,
-        unlocked=frozenset(_items(unlocked)),
+        unlocked=frozenset(_items(lines["Unlocked"])),
     )
 
 
 def facts_of(situation: Situation) -> dict[str, bool]:
     """Truth of every name in FACTS, in that order, from a caption alone."""
-    s = situation
-    near = {name: (abs(dy), abs(dx)) for name, (dy, dx) in s.sights.items()}
-    unlocked = [name.replace("_", " ") for name in vocab.ACHIEVEMENTS]
-    facts = {f"unlocked {name}": name in s.unlocked for name in unlocked}
+    s, near = situation, {name: (abs(dy), abs(dx)) for name, (dy, dx) in situation.sights.items()}
+    facts = {f"unlocked {name}": name in s.unlocked for name in (name.replace("_", " ") for name in vocab.ACHIEVEMENTS)}
     facts |= {f"{item} >= {n}": s.inventory.get(item, 0) >= n for item, n in vocab.AMOUNTS}
     facts |= {f"{vital} low": s.vitals[vital] <= vocab.LOW for vital in vocab.VITALS}
     facts |= {f"{sight} in view": sight in s.sights for sight in vocab.SIGHTS}
@@ -266,8 +236,6 @@ def facts_of(situation: Situation) -> dict[str, bool]:
     facts["energy full"] = s.vitals["energy"] >= 9
     return facts | {"dark": s.dark, "asleep": s.asleep, "enclosed": s.enclosed}
 
-
-# --- The rules guide
 
 # What Crafter demands of a basic sub-goal now ("not " marks a false fact). Tools are never lost: unlocked means owned.
 _WOOD_TOOL = ("table in reach", "wood >= 1")
@@ -331,17 +299,11 @@ def _generator(seed: int, messages: list[dict[str, str]], sample: int) -> np.ran
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
-# --- Clients
-
-
 class OfflineGuide:
-    """What rules and random have in common: free, never unreachable, a function of (seed, messages, sample) alone."""
+    """What rules and random share. Subclasses have `answer(messages, sample)`, which depends on these and the seed."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-
-    def answer(self, messages: list[dict[str, str]], sample: int) -> str:
-        raise NotImplementedError
 
     def complete(self, batch: list[list[dict[str, str]]], samples: list[int]) -> list[Reply]:
         return [self._reply(messages, sample) for messages, sample in zip(batch, samples, strict=True)]
@@ -353,19 +315,14 @@ class OfflineGuide:
         except Exception as error:  # a fork's caption that the rules cannot read must not end the training
             return Reply(error=clean(f"{type(error).__name__}: {error}", MAX_ERROR))
 
-    def check(self) -> None:
-        """Nothing can be wrong."""
+    def check(self) -> None: ...
 
-    def close(self) -> None:
-        """Nothing is open."""
+    def close(self) -> None: ...
 
 
 class RulesGuide(OfflineGuide):
-    """Stands in for an LLM: reads only the text of the messages and answers in the format that is asked of an LLM.
-
-    Sample 0 is the rules' own answer. Later samples leave out one sub-goal, never the first: an order changes nothing
-    downstream, and candidates that are all equal would leave A/B nothing to decide.
-    """
+    """Stands in for an LLM. Sample 0 is the rules' own answer; later ones leave out one sub-goal, never the first:
+    an order changes nothing downstream, and candidates that are all equal would leave A/B nothing to decide."""
 
     name = "rules"
 
@@ -395,8 +352,8 @@ MAX_BODY = 4_000_000  # bytes of an HTTP body that are read: no server fills the
 CHECK_MESSAGES = [{"role": "user", "content": "Reply with one word: ready"}]
 
 
-def check_base_url(base_url: str) -> str:
-    """The host of a usable base URL. Raises ValueError naming --llm-base-url."""
+def check_server(base_url: str) -> tuple[str, bool]:
+    """(key, whether the server is on this machine, where none is needed). Raises ValueError naming flag or variable."""
     try:
         url = urlsplit(base_url)
         usable = url.scheme in ("http", "https") and url.hostname and url.port != 0
@@ -405,17 +362,12 @@ def check_base_url(base_url: str) -> str:
         usable = False
     if not usable:
         raise ValueError("--llm-base-url must look like http://127.0.0.1:8000/v1, without user, password or query")
-    return str(url.hostname)
-
-
-def api_key(host: str) -> str:
-    """The key in OPENAI_API_KEY; a dummy for a server on this machine. Raises ValueError naming OPENAI_API_KEY."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    key, local = os.environ.get("OPENAI_API_KEY", "").strip(), url.hostname in LOCAL_HOSTS
     if key and not (key.isascii() and key.isprintable()):
         raise ValueError("OPENAI_API_KEY holds characters that no key has: set it again")
-    if not key and host not in LOCAL_HOSTS:
-        raise ValueError(f"--llm http needs a key for {clean(host, 80)}: set OPENAI_API_KEY in the environment")
-    return key or "none"
+    if not key and not local:
+        raise ValueError(f"--llm-base-url {clean(base_url, 80)} needs a key: set OPENAI_API_KEY in the environment")
+    return key or "none", local
 
 
 def read_completion(body: bytes) -> tuple[str, int, int]:
@@ -423,18 +375,16 @@ def read_completion(body: bytes) -> tuple[str, int, int]:
     try:
         answer = json.loads(body.decode("utf-8"))
         text = answer["choices"][0]["message"]["content"]
-    except UnicodeDecodeError:
-        raise ValueError("the body is not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise ValueError("the body is not JSON") from None
     except (KeyError, IndexError, TypeError):
         raise ValueError("the body is not a chat completion with at least one choice") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the body is not {'UTF-8' if isinstance(error, UnicodeError) else 'JSON'}") from None
     if text is not None and not isinstance(text, str):
         raise ValueError("the content is not text")
     usage = answer.get("usage")
     counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else [0, 0]
     prompt, completion = (n if type(n) is int and 0 <= n < 10**9 else 0 for n in counts)
-    return (text or "")[:MAX_REPLY], prompt, completion
+    return text or "", prompt, completion
 
 
 class HttpGuide:
@@ -447,18 +397,17 @@ class HttpGuide:
     """
 
     def __init__(
-        self, base_url: str, model: str, concurrency: int = 16, timeout: float = 60.0, retries: int = 3,
-        deadline: float = 600.0,
+        self, base_url: str, model: str, concurrency: int = 16, timeout: float = 60, retries: int = 3,
+        deadline: float = 600,
     ) -> None:  # fmt: skip
         if not model.strip():
             raise ValueError("--llm http needs the name of a model: set --llm-model")
-        host = check_base_url(base_url)
+        self._key, self._local = check_server(base_url)
         try:
             import openai  # lazily: a second of start-up that other guides need not pay
         except ImportError:
             raise ValueError("--llm http needs the openai package: pip install -r requirements.txt") from None
-        self._openai, self._key, self._local = openai, api_key(host), host in LOCAL_HOSTS
-        self.name, self.base_url, self.model = f"http:{model}", base_url, model
+        self._openai, self.name, self.base_url, self.model = openai, f"http:{model}", base_url, model
         self.concurrency, self.timeout, self.retries, self.deadline = concurrency, timeout, retries, deadline
         self._limit_name = "max_tokens"
 
@@ -467,20 +416,17 @@ class HttpGuide:
         openai, where = self._openai, f"the LLM server at {self.base_url}"
         try:
             read_completion(asyncio.run(self._probe()))
-        except (TimeoutError, openai.APITimeoutError):
-            print(f"warning: {where} did not answer in time; going on", file=sys.stderr)
-        except openai.APIStatusError as error:
-            status, said = error.status_code, self._said(error)
-            if status in (408, 409, 425, 429) or status >= 500:
-                print(f"warning: {where} is not ready ({status}); going on: {said}", file=sys.stderr)
+        except Exception as error:
+            status, hint = getattr(error, "status_code", 0), "--llm-base-url (/v1 at the end?), --llm-model"
+            slow = isinstance(error, TimeoutError | openai.APITimeoutError)
+            if slow or status in (408, 409, 425, 429) or status >= 500:
+                print(f"warning: {where} is not ready, going on: {self._said(error)}", file=sys.stderr)
                 return
-            hints = {401: "OPENAI_API_KEY", 403: "OPENAI_API_KEY", 404: "--llm-base-url (/v1 at the end?), --llm-model"}
-            hint = hints.get(status, "--llm-model, --llm-base-url")
-            raise ValueError(f"{where} refused ({status}), check {hint}: {said}") from None
-        except openai.APIConnectionError as error:
-            raise ValueError(f"cannot reach {where}, check --llm-base-url: {self._said(error)}") from None
-        except Exception as error:  # an answer that is no chat completion: a web page, another service
-            raise ValueError(f"{where} is no chat server, check --llm-base-url: {self._said(error)}") from None
+            if status in (401, 403):
+                hint = "OPENAI_API_KEY"
+            elif isinstance(error, openai.APIConnectionError):
+                hint = "--llm-base-url, and that the server runs"
+            raise ValueError(f"cannot use {where}: check {hint}: {self._said(error)}") from None
 
     def complete(self, batch: list[list[dict[str, str]]], samples: list[int]) -> list[Reply]:
         """All queries at once, at most `concurrency` at a time. `samples` need no care: the server draws them."""
@@ -489,10 +435,10 @@ class HttpGuide:
         except Exception as error:  # the event loop itself failed
             return [Reply(error=self._said(error)) for _ in batch]
 
-    def close(self) -> None:
-        """Nothing is open: every pause has a client of its own, because it has an event loop of its own."""
+    def close(self) -> None: ...
 
     def _client(self, retries: int) -> Any:
+        """A client for one event loop, that is, for one pause."""
         # A proxy from the environment is of no use for a server on this machine, and often in the way.
         transport = self._openai.DefaultAsyncHttpxClient(trust_env=not self._local)
         common = {"api_key": self._key, "base_url": self.base_url, "timeout": self.timeout}
@@ -527,14 +473,15 @@ class HttpGuide:
                     calls += 1
                     text, prompt, completion = read_completion(body)
                     prompt_tokens, completion_tokens = prompt_tokens + prompt, completion_tokens + completion
-                    text = self._redact(text)
+                    text = self._redact(text)[:MAX_REPLY]  # in this order: half a key would not be found
                     try:
                         parse_reply(text)
                         break
                     except ValueError as reason:
                         if turn == 1 or not text.strip():  # nothing to repair in an empty reply
                             raise
-                        messages = repair_messages(messages, text, str(reason))
+                        turns = (("assistant", clean(text, 2_000)), ("user", REPAIR_PROMPT.format(reason=reason)))
+                        messages = messages + [{"role": role, "content": content} for role, content in turns]
         except Exception as failure:
             error = self._said(failure)
         return Reply(text, error, False, prompt_tokens, completion_tokens, time.perf_counter() - start, calls)
@@ -542,14 +489,13 @@ class HttpGuide:
     async def _post(self, client: Any, messages: list[dict[str, str]]) -> bytes:
         """Body of the answer to one chat request. Read in pieces, so that its size and time are bounded by us."""
         body = bytearray()
-        request = {"model": self.model, "messages": messages, "temperature": 1.0}
-        request[self._limit_name] = MAX_TOKENS
-        async with asyncio.timeout(2 * self.timeout):
-            async with client.chat.completions.with_streaming_response.create(**request) as response:
-                async for chunk in response.iter_bytes():
-                    body += chunk
-                    if len(body) > MAX_BODY:
-                        raise ValueError(f"the reply is longer than {MAX_BODY} bytes")
+        request = {"model": self.model, "messages": messages, "temperature": 1.0, self._limit_name: MAX_TOKENS}
+        create = client.chat.completions.with_streaming_response.create
+        async with asyncio.timeout(2 * self.timeout), create(**request) as response:
+            async for chunk in response.iter_bytes():
+                body += chunk
+                if len(body) > MAX_BODY:
+                    raise ValueError(f"the reply is longer than {MAX_BODY} bytes")
         return bytes(body)
 
     def _redact(self, text: str) -> str:
@@ -564,16 +510,16 @@ class HttpGuide:
 
 def make_llm(llm: str, *, model: str, base_url: str, seed: int) -> OfflineGuide | HttpGuide:
     """The client that --llm names. Raises ValueError for another name, or where an HTTP guide cannot work."""
-    if llm == "rules":
-        return RulesGuide(seed)
-    if llm == "random":
-        return RandomGuide(seed)
+    if llm in ("rules", "random"):
+        return RulesGuide(seed) if llm == "rules" else RandomGuide(seed)
     if llm == "http":
         return HttpGuide(base_url, model)
     raise ValueError(f"--llm {clean(llm, 80)!r} is unknown: use rules, http or random")
 
 
-# --- Embeddings
+def _unit(vector: np.ndarray) -> np.ndarray:
+    """(D,) float32 of norm 1; zeros stay zeros."""
+    return (vector / (float(np.linalg.norm(vector)) or 1.0)).astype(np.float32)
 
 
 class HashEmbedding:
@@ -586,28 +532,16 @@ class HashEmbedding:
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """(n, D) float32, rows of norm 1; a zero row for a text without words."""
-        rows = np.zeros((len(texts), self.dim), np.float32)
-        for row, text in zip(rows, texts, strict=True):
-            if text not in self._cache:
-                self._cache[text] = self._embed(text)
-            row[:] = self._cache[text]
-        return rows
+        self._cache |= {text: self._embed(text) for text in texts if text not in self._cache}
+        return np.array([self._cache[text] for text in texts], np.float32).reshape(len(texts), self.dim)
 
     def _embed(self, text: str) -> np.ndarray:
         words = re.findall(r"\w+", text.lower())
         grams = [*words, *map(" ".join, zip(words, words[1:], strict=False))]
-        for word in words:
-            word = f"<{word}>"
+        for word in (f"<{word}>" for word in words):
             grams += [word[i : i + n] for n in (3, 4, 5) for i in range(len(word) - n + 1)]
         hashes = np.array([zlib.crc32(gram.encode("utf-8", "replace")) for gram in grams], np.int64)
-        signs = np.where(hashes & 1, 1.0, -1.0)
-        return _unit(np.bincount((hashes >> 1) % self.dim, weights=signs, minlength=self.dim))
-
-
-def _unit(vector: np.ndarray) -> np.ndarray:
-    """(D,) float32 of norm 1; zeros stay zeros."""
-    norm = float(np.linalg.norm(vector))
-    return (vector / norm if norm > 0 else vector).astype(np.float32)
+        return _unit(np.bincount((hashes >> 1) % self.dim, weights=2.0 * (hashes & 1) - 1, minlength=self.dim))
 
 
 def embed_sub_goals(embedding: HashEmbedding, indices: Sequence[int]) -> np.ndarray:

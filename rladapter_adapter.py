@@ -29,7 +29,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from envs.vocabulary import BASIC_SUB_GOALS, LOW, NEAR, SUB_GOALS, sub_goals_text
+from envs.vocabulary import ACHIEVEMENTS, BASIC_SUB_GOALS, LOW, NEAR, SUB_GOALS, sub_goals_text
 
 Tree = dict[str, Any]  # a nested dict of arrays
 
@@ -164,18 +164,21 @@ class Decoder(nnx.Module):
         self.params = nnx.Dict({name: nnx.Param(value) for name, value in params.items()})
         self.lora = nnx.Dict({name: Lora(value) for name, value in lora.items()})
 
-    def __call__(self, tokens: jax.Array, starts: jax.Array, cache: Any = None, index: jax.Array | int = 0) -> Any:
+    def __call__(self, tokens: jax.Array, starts: jax.Array, shared: Any = 0, cache: Any = None, index: Any = 0) -> Any:
         """tokens (B, T) -> hidden states (B, T, D) and the cache.
 
         `starts` (B, T) is the column at which each token's own text begins. It sees columns starts..itself, and its
-        position is counted from there. One mechanism for left-padded prompts and for rows packed with several texts.
+        position is counted from there. It also sees the first `shared` (B, T) columns, as if they came before its own
+        text. One mechanism for left-padded prompts and for rows of several texts that begin alike (`pack`).
         `cache`: (keys, values), each (L, B, S, KV, hd), of which columns index..index+T are written; None: no cache.
         """
         columns = index + jnp.arange(tokens.shape[1])  # (T,)
         seen = jnp.arange(tokens.shape[1] if cache is None else cache[0].shape[2])  # (S,)
-        mask = (seen[None, None] <= columns[None, :, None]) & (seen[None, None] >= starts[:, :, None])  # (B, T, S)
+        shared = jnp.broadcast_to(shared, starts.shape)
+        mask = (seen[None, None] >= starts[:, :, None]) | (seen[None, None] < shared[:, :, None])
+        mask = mask & (seen[None, None] <= columns[None, :, None])  # (B, T, S)
         frequencies = jnp.asarray(rope_frequencies(self.config), jnp.float32)
-        angles = (columns[None] - starts)[:, :, None] * frequencies[None, None]  # (B, T, hd/2)
+        angles = (columns[None] - starts + shared)[:, :, None] * frequencies[None, None]  # (B, T, hd/2)
 
         def body(carry: Any, layer: Tree) -> Any:
             x, cache, depth = carry
@@ -391,7 +394,7 @@ def generate(
     dtype = base["params"]["embed"].dtype
     empty = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-    hidden, cache = model(tokens, jnp.broadcast_to(starts[:, None], tokens.shape), empty)
+    hidden, cache = model(tokens, jnp.broadcast_to(starts[:, None], tokens.shape), 0, empty)
 
     def unfinished(carry: Any) -> jax.Array:
         return (carry[0] < max_new_tokens) & ~jnp.all(carry[1])
@@ -400,7 +403,7 @@ def generate(
         step, done, logits, cache, out = carry
         token = jnp.where(done, eos[0], sample_token(logits, row_keys, step, temperature))
         done = done | jnp.any(token[:, None] == eos[None], -1)
-        hidden, cache = model(token[:, None], starts[:, None], cache, length + step)
+        hidden, cache = model(token[:, None], starts[:, None], 0, cache, length + step)
         return step + 1, done, model.logits(hidden[:, 0]), cache, out.at[:, step].set(token)
 
     out = jnp.full((batch, max_new_tokens), eos[0], jnp.int32)
@@ -416,28 +419,31 @@ def one_line(text: str) -> str:
 # --------------------------------------------------------------------------------------------------------- fine-tuning
 
 
-def pack(texts: Sequence[tuple[list[int], list[int]]], length: int) -> dict[str, np.ndarray]:
-    """(prompt tokens, response tokens) pairs -> rows of `length` columns, as many texts in a row as fit, in order.
+def pack(groups: Sequence[Sequence[tuple[list[int], list[int]]]], length: int) -> dict[str, np.ndarray]:
+    """Groups of (prompt tokens, response tokens) -> one row of `length` columns a group.
 
-    tokens, starts (R, length) int32 as in `Decoder`; weights (R, length) f32: 1 for the tokens to be learnt, those of
-    the responses. ValueError for a text longer than a row.
+    What all prompts of a group begin with is stored once, and each of its texts goes on from there unseen by the others.
+    tokens, starts, shared (R, length) int32 as in `Decoder`; weights (R, length) f32: 1 for the tokens of responses.
+    What does not fit is left out, down to whole texts; ValueError if not even the first one fits.
     """
-    rows: list[tuple[list[int], list[int], list[float]]] = []
-    for prompt, response in texts:
-        size = len(prompt) + len(response)
-        if size > length:
-            raise ValueError(f"a text of {size} tokens does not fit a row of {length}")
-        if not rows or len(rows[-1][0]) + size > length:
-            rows.append(([], [], []))
-        tokens, starts, weights = rows[-1]
-        starts += [len(tokens)] * size
-        tokens += [*prompt, *response]
-        weights += [0.0] * len(prompt) + [1.0] * len(response)
-    shape = (len(rows), length)
-    packed = {"tokens": np.zeros(shape, np.int32), "starts": np.zeros(shape, np.int32), "weights": np.zeros(shape, np.float32)}
-    for i, row in enumerate(rows):
-        for array, values in zip(packed.values(), row, strict=True):
-            array[i, : len(values)] = values
+    packed = {name: np.zeros((len(groups), length), np.int32) for name in ("tokens", "starts", "shared")}
+    packed["weights"] = np.zeros((len(groups), length), np.float32)
+    for row, group in enumerate(groups):
+        prefix = os.path.commonprefix([prompt for prompt, _ in group]) if len(group) > 1 else []
+        end = len(prefix)
+        packed["tokens"][row, :end] = prefix[:length]
+        for i, (prompt, response) in enumerate(group):
+            text = [*prompt[len(prefix) :], *response]
+            if end + len(text) > length:
+                if i == 0:
+                    raise ValueError(f"a text of {end + len(text)} tokens does not fit a row of {length}")
+                break
+            columns = slice(end, end + len(text))
+            packed["tokens"][row, columns] = text
+            packed["starts"][row, columns] = end
+            packed["shared"][row, columns] = len(prefix)
+            end += len(text)
+            packed["weights"][row, end - len(response) : end] = 1
     return packed
 
 
@@ -453,7 +459,7 @@ def batches(packed: dict[str, np.ndarray], size: int, order: np.ndarray) -> list
 def response_nll(graphdef: Any, base: Tree, lora: Tree, batch: Tree) -> tuple[jax.Array, jax.Array]:
     """Sum of -log p over the tokens that count (nats), and how many they are."""
     model = nnx.merge(graphdef, lora, base)
-    hidden, _ = model(batch["tokens"][:, :-1], batch["starts"][:, :-1])
+    hidden, _ = model(batch["tokens"][:, :-1], batch["starts"][:, :-1], batch["shared"][:, :-1])
     logits, targets, weights = model.logits(hidden), batch["tokens"][:, 1:], batch["weights"][:, 1:]
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)  # (B, T - 1)
     return jnp.sum(nll * weights), jnp.sum(weights)
@@ -561,8 +567,8 @@ class Adapter:
         texts = [self.encode_example(*examples[i]) for i in rng.permutation(len(examples))]
         num_held = max(1, round(HELD_OUT * len(texts))) if len(texts) >= 4 else 0
         length = LENGTH_BUCKET * math.ceil(max(len(a) + len(b) for a, b in texts) / LENGTH_BUCKET)
-        training = pack(texts[num_held:], length)
-        held_out = pack(texts[:num_held], length) if num_held else training
+        training = pack([[text] for text in texts[num_held:]], length)
+        held_out = pack([[text] for text in texts[:num_held]], length) if num_held else training
         before, losses, finite = self.nll(held_out), [], True
         for _ in range(epochs):
             for batch in batches(training, SFT_ROWS, rng.permutation(len(training["tokens"]))) if finite else ():
@@ -705,7 +711,8 @@ def true_statements(caption: str) -> tuple[list[str], list[str]]:
         others += [f"It sees {ARTICLES.get(name, 'a ')}{name} ({where})."]
     for name, n in scene["held"].items():
         tool = name.endswith(("pickaxe", "sword"))
-        others += [f"It has a {name}." if tool else f"It holds {n} {name}."]
+        article = "an" if name.startswith("iron") else "a"
+        others += [f"It has {article} {name}." if tool else f"It holds {n} {name}."]
     lacked = [name for name in LACKED if name not in scene["held"]]
     return pressing, others + [f"It has no {name}." for name in lacked[:2]]
 
@@ -737,7 +744,7 @@ def write_analysis(rng: np.random.Generator, caption: str, sub_goals: Sequence[i
 
 DEFAULT_NAME = "adapter-tiny-v1"  # a change of the model, its text or its training must change this name
 TINY = LmConfig(
-    vocab_size=768, hidden_size=128, intermediate_size=256, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
+    vocab_size=768, hidden_size=128, intermediate_size=256, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32,
     rms_norm_eps=1e-6, max_positions=1024, tied=True,
 )  # fmt: skip
 END, PAD, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
@@ -748,7 +755,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
 )  # fmt: skip
 PRETRAIN_STEPS = 500
-PRETRAIN_ROWS, PRETRAIN_LENGTH = 8, 384
+PRETRAIN_ROWS, PRETRAIN_LENGTH = 8, 256
+BRANCHES = 6  # made-up analyses of one caption, which is read but once for all of them
 PRETRAIN_RATE = 4e-3
 PROMPT_WEIGHT = 0.1  # of a prompt token in the default model's loss: reading captions helps to write about them
 
@@ -758,9 +766,18 @@ def default_adapter_folder() -> Path:
     return Path(os.environ.get("RLADAPTER_CACHE") or "~/.cache/rladapter").expanduser() / DEFAULT_NAME
 
 
+# What always reads the same is a token each: three times shorter prompts. Sub-goals begin with the space before them.
+PHRASES = (
+    "You see:", ".\nFacing:", ".\nInventory:", ".\nVitals (of 9): health", ", food", ", drink", ", energy",
+    ".\nIt is day. The player is awake.", ".\nIt is dark. The player is awake.", "\nUnlocked:", "\nPrevious sub-goals:",
+    ".\nComprehension score: 0.", f".\n{UNKNOWN_SCORE}", f"\n{INSTRUCTION}", *(f" {goal}" for goal in SUB_GOALS),
+    *(f" {name.replace('_', ' ')}" for name in ACHIEVEMENTS),
+)  # fmt: skip
+
+
 def train_tokenizer(texts: Sequence[str]) -> Any:
     """A byte-level BPE tokenizer of TINY's vocabulary at most, with its chat template, as transformers loads it."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     # Words, single digits and punctuation, each with the space before it: "9" is the same token in 9 and 0.93.
@@ -769,24 +786,25 @@ def train_tokenizer(texts: Sequence[str]) -> Any:
         [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    phrases = list(dict.fromkeys(PHRASES))
     trainer = trainers.BpeTrainer(
-        vocab_size=TINY.vocab_size,
+        vocab_size=TINY.vocab_size - len(phrases),
         special_tokens=[PAD, END, USER, ASSISTANT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     fast = import_transformers().PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
     fast.chat_template = CHAT_TEMPLATE
     fast.model_max_length = TINY.max_positions
     return fast
 
 
-def made_up_examples(rng: np.random.Generator, captions: Sequence[str], num: int) -> list[tuple[str, str]]:
-    """`num` pairs of prompt and analysis: each caption in turn, with random previous sub-goals and scores."""
+def made_up_examples(rng: np.random.Generator, caption: str, num: int) -> list[tuple[str, str]]:
+    """`num` pairs of prompt and analysis for a caption, with random previous sub-goals and scores."""
     examples = []
-    for i in range(num):
-        caption = captions[i % len(captions)]
+    for _ in range(num):
         last = rng.choice(len(SUB_GOALS), rng.integers(0, 4), replace=False).tolist()
         score = None if rng.random() < 0.2 else float(rng.random())
         examples.append((adapter_prompt(caption, last, score), write_analysis(rng, caption, last, score)))
@@ -823,7 +841,8 @@ def train_default_adapter(
     if folder.exists():
         return
     rng = np.random.default_rng(seed)
-    tokenizer = train_tokenizer([text for pair in made_up_examples(rng, captions, 2000) for text in pair])
+    some = rng.permutation(len(captions))[:2000]
+    tokenizer = train_tokenizer([" ".join(made_up_examples(rng, captions[i], 1)[0]) for i in some])
     config = dataclasses.replace(TINY, vocab_size=max(TINY.vocab_size, len(tokenizer)))
     params = init_params(config, jax.random.key(seed))
     adapter = Adapter(config, params, {}, 1.0, tokenizer, [tokenizer.eos_token_id])
@@ -832,10 +851,11 @@ def train_default_adapter(
     queue: list[dict[str, np.ndarray]] = []
     for step in range(steps):
         if not queue:
-            texts = [adapter.encode_example(*pair) for pair in made_up_examples(rng, captions, 512)]
-            packed = pack([text for text in texts if len(text[0]) + len(text[1]) <= PRETRAIN_LENGTH], PRETRAIN_LENGTH)
+            some = [captions[i] for i in rng.integers(len(captions), size=64 * PRETRAIN_ROWS)]
+            groups = [[adapter.encode_example(*pair) for pair in made_up_examples(rng, c, BRANCHES)] for c in some]
+            packed = pack(groups, PRETRAIN_LENGTH)
             packed["weights"] = np.maximum(packed["weights"], PROMPT_WEIGHT * (packed["tokens"] > 0))
-            queue = batches(packed, PRETRAIN_ROWS, rng.permutation(len(packed["tokens"])))
+            queue = batches(packed, PRETRAIN_ROWS, np.arange(len(groups)))
         base, optimizer, loss = pretrain_step(graphdef, base, optimizer, queue.pop(), steps)
         if progress is not None and (step % 20 == 0 or step == steps - 1):
             progress(step + 1, steps, float(loss))

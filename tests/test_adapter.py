@@ -1,0 +1,456 @@
+"""The adapter LM, with a random model of a few thousand weights in a temporary folder: nothing is downloaded."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rladapter_adapter as ra
+from envs.vocabulary import BASIC_SUB_GOALS, SUB_GOALS, sub_goals_in_text
+
+CAPTION = (
+    "You see: tree (2 north), water (1 south, 3 west), cow (1 north, 4 east), zombie (1 east).\nFacing: grass.\n"
+    "Inventory: 3 wood, 1 sapling, wood pickaxe.\nVitals (of 9): health 9, food 7, drink 3, energy 8.\n"
+    "It is day. The player is awake.\nUnlocked: collect wood, place table, make wood pickaxe."
+)
+BARE = (
+    "You see: nothing special.\nFacing: sand.\nInventory: nothing.\nVitals (of 9): health 2, food 7, drink 9, energy 8.\n"
+    "It is dark. The player is asleep. The player is enclosed.\nUnlocked: nothing."
+)
+WORKSHOP = (
+    "You see: crafting table (1 north), furnace (1 south), ripe plant (2 west), stone (3 east), coal (4 east), "
+    "iron (3 south), diamond (3 north), skeleton (2 east), arrow (1 west), lava (4 west).\nFacing: crafting table.\n"
+    "Inventory: 2 stone, 1 iron, iron pickaxe.\nVitals (of 9): health 9, food 9, drink 9, energy 9.\n"
+    "It is day. The player is awake.\nUnlocked: place furnace."
+)
+SMALL = ra.LmConfig(
+    vocab_size=320, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+    rms_norm_eps=1e-5, max_positions=512, tied=False,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_rank_promotion():
+    """Arrays of different ranks never meet by accident."""
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model with weights large enough for attention to matter, and a tokenizer trained on three captions."""
+    path = tmp_path_factory.mktemp("model") / "small"
+    rng = np.random.default_rng(0)
+    texts = [" ".join(pair) for caption in (CAPTION, BARE, WORKSHOP) for pair in ra.made_up_examples(rng, caption, 3)]
+    tokenizer = ra.train_tokenizer(texts)
+    config = dataclasses.replace(SMALL, vocab_size=len(tokenizer))
+    params = {k: v if "norm" in k else 8 * v for k, v in ra.init_params(config, jax.random.key(0)).items()}
+    params["norm"] = params["norm"] + 0.3 * jax.random.normal(jax.random.key(1), params["norm"].shape)
+    ra.write_folder(path, config, params, tokenizer)
+    return path
+
+
+@pytest.fixture
+def adapter(folder):
+    return ra.load_adapter(folder)
+
+
+def damaged(folder, tmp_path):
+    copy = tmp_path / "damaged"
+    shutil.copytree(folder, copy)
+    return copy
+
+
+def logits_of(adapter, tokens, starts=None):
+    """Full forward without cache: tokens (B, T) -> (B, T, V)."""
+    tokens = jnp.asarray(tokens, jnp.int32)
+    starts = jnp.zeros(tokens.shape, jnp.int32) if starts is None else jnp.asarray(starts, jnp.int32)
+    model = ra.nnx.merge(adapter.graphdef, adapter.lora, adapter.base)
+    return np.asarray(model.logits(model(tokens, starts)[0]))
+
+
+def some_tokens(adapter, length, seed=0):
+    return np.random.default_rng(seed).integers(0, adapter.config.vocab_size, length)
+
+
+def with_random_b(adapter):
+    """LoRA's B factors made non-zero, as after some fine-tuning."""
+    noise = jax.random.normal(jax.random.key(5), ())
+    adapter.lora = jax.tree.map(lambda x: x + 0.1 * noise, adapter.lora)
+    return adapter
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def plain_llama(params, config, tokens):
+    """Llama one token at a time in numpy, from HF's description: no cache, no mask, heads in a loop. (T,) -> (T, V)."""
+    p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+
+    def norm(x, weight):
+        return x / np.sqrt(np.mean(x * x) + config.rms_norm_eps) * weight
+
+    def turned(x, position):  # rotate_half(x) = concat(-x2, x1)
+        half = len(x) // 2
+        angles = np.tile(position / config.rope_theta ** (2 * np.arange(half) / len(x)), 2)
+        return x * np.cos(angles) + np.concatenate([-x[half:], x[:half]]) * np.sin(angles)
+
+    xs = [p["embed"][token] for token in tokens]
+    hd, group = config.head_dim, config.num_heads // config.num_kv_heads
+    for i in range(config.num_layers):
+        ys = [norm(x, p["attention_norm"][i]) for x in xs]
+        keys = [[turned((y @ p["k"][i])[h * hd :][:hd], t) for h in range(config.num_kv_heads)] for t, y in enumerate(ys)]
+        values = [[(y @ p["v"][i])[h * hd :][:hd] for h in range(config.num_kv_heads)] for y in ys]
+        for t, y in enumerate(ys):
+            heads = []
+            for h in range(config.num_heads):
+                query = turned((y @ p["q"][i])[h * hd :][:hd], t)
+                scores = np.array([query @ keys[s][h // group] for s in range(t + 1)]) / np.sqrt(hd)
+                scores = np.exp(scores - scores.max())
+                heads.append(sum(a * values[s][h // group] for s, a in enumerate(scores / scores.sum())))
+            xs[t] = xs[t] + np.concatenate(heads) @ p["o"][i]
+            z = norm(xs[t], p["mlp_norm"][i])
+            gate = z @ p["gate"][i]
+            xs[t] = xs[t] + (gate / (1 + np.exp(-gate)) * (z @ p["up"][i])) @ p["down"][i]
+    return np.stack([norm(x, p["norm"]) @ (p["embed"].T if config.tied else p["head"]) for x in xs])
+
+
+def test_forward_matches_a_plain_numpy_llama(adapter):
+    tokens = some_tokens(adapter, 11)
+    expected = plain_llama(adapter.base["params"], adapter.config, tokens)
+    np.testing.assert_allclose(logits_of(adapter, tokens[None])[0], expected, atol=2e-4)
+
+
+def test_later_tokens_do_not_change_earlier_logits(adapter):
+    tokens = some_tokens(adapter, 12)
+    changed = tokens.copy()
+    changed[7] = (changed[7] + 1) % adapter.config.vocab_size
+    before, after = logits_of(adapter, tokens[None])[0], logits_of(adapter, changed[None])[0]
+    np.testing.assert_array_equal(before[:7], after[:7])
+    assert np.abs(before[7:] - after[7:]).max() > 0.01
+
+
+def test_left_padding_does_not_change_logits(adapter):
+    tokens = some_tokens(adapter, 9)
+    padded = np.concatenate([some_tokens(adapter, 5, seed=1), tokens])
+    shifted = logits_of(adapter, padded[None], np.full((1, 14), 5))[0, 5:]
+    np.testing.assert_allclose(shifted, logits_of(adapter, tokens[None])[0], atol=1e-4)
+
+
+def test_texts_that_share_a_row_do_not_see_each_other(adapter):
+    prefix, ends = some_tokens(adapter, 7).tolist(), [some_tokens(adapter, n, n).tolist() for n in (4, 6, 3)]
+    ends = [[i, *end] for i, end in enumerate(ends)]  # so that nothing more is common to all
+    packed = ra.pack([[(prefix + end[:2], end[2:]) for end in ends]], 40)
+    model = ra.nnx.merge(adapter.graphdef, adapter.lora, adapter.base)
+    hidden, _ = model(*(jnp.asarray(packed[name]) for name in ("tokens", "starts", "shared")))
+    together, column = np.asarray(model.logits(hidden))[0], len(prefix)
+    for end in ends:
+        alone = logits_of(adapter, [prefix + end])[0, len(prefix) :]
+        np.testing.assert_allclose(together[column : column + len(end)], alone, atol=1e-4)
+        np.testing.assert_array_equal(packed["weights"][0, column : column + len(end)], [0, 0] + [1] * (len(end) - 2))
+        column += len(end)
+    assert packed["weights"].sum() == sum(len(end) - 2 for end in ends)
+
+
+def test_pack_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="does not fit"):
+        ra.pack([[([1] * 5, [2] * 4)]], 8)
+
+
+def test_llama3_rope_slows_long_wavelengths_only():
+    config = dataclasses.replace(SMALL, head_dim=64, rope_theta=5e5, rope_llama3=(8.0, 1.0, 4.0, 8192.0))
+    plain = ra.rope_frequencies(dataclasses.replace(config, rope_llama3=None))
+    scaled = ra.rope_frequencies(config)
+    wavelength = 2 * np.pi / plain
+    np.testing.assert_allclose(scaled[wavelength < 2048], plain[wavelength < 2048])
+    np.testing.assert_allclose(scaled[wavelength > 8192], plain[wavelength > 8192] / 8)
+    between = (wavelength > 2048) & (wavelength < 8192)
+    assert between.any() and np.all((scaled < plain)[between] & (scaled > plain / 8)[between])
+
+
+# ----------------------------------------------------------------------------------------------------------- generation
+
+
+def raw_generate(adapter, prompts, num=10, temperature=0.0, key=0, eos=(1,)):
+    tokens, starts = ra.left_pad(prompts)
+    rows = np.arange(len(tokens))
+    out = ra.generate(
+        adapter.graphdef, adapter.base, adapter.lora, tokens, starts, rows < len(prompts), rows,
+        jnp.asarray(eos, jnp.int32), jax.random.key(key), jnp.float32(temperature), num,
+    )  # fmt: skip
+    return np.asarray(out)[: len(prompts)]
+
+
+def test_greedy_generation_equals_teacher_forcing(adapter):
+    with_random_b(adapter)
+    prompts = [some_tokens(adapter, n, seed=n).tolist() for n in (3, 17, 40)]
+    out = raw_generate(adapter, prompts, eos=(adapter.config.vocab_size + 1,))  # an end that never comes
+    for prompt, new in zip(prompts, out.tolist(), strict=True):
+        teacher = logits_of(adapter, [prompt + new])[0].argmax(-1)
+        assert new == teacher[len(prompt) - 1 : -1].tolist()
+    assert len({tuple(row) for row in out.tolist()}) == 3
+
+
+def test_batch_and_length_padding_change_nothing(adapter):
+    prompts = [some_tokens(adapter, n, seed=n).tolist() for n in (5, 9)]
+    alone = raw_generate(adapter, prompts, temperature=1.0)
+    many = raw_generate(adapter, prompts + [some_tokens(adapter, 80, seed=i).tolist() for i in range(9)], temperature=1.0)
+    np.testing.assert_array_equal(alone, many[:2])
+
+
+def test_generation_ends_at_any_end_token(adapter):
+    prompt = some_tokens(adapter, 6).tolist()
+    free = raw_generate(adapter, [prompt], temperature=1.0, eos=(adapter.config.vocab_size + 1,))[0].tolist()
+    stop = free[4]
+    cut = raw_generate(adapter, [prompt], temperature=1.0, eos=(adapter.config.vocab_size + 1, stop))[0].tolist()
+    first = free.index(stop)
+    assert cut[: first + 1] == free[: first + 1]
+    assert set(cut[first + 1 :]) == {adapter.config.vocab_size + 1}
+
+
+def test_temperature_samples_and_keys_matter(adapter):
+    prompt = some_tokens(adapter, 6).tolist()
+    runs = [raw_generate(adapter, [prompt], temperature=1.0, key=key)[0].tolist() for key in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_two_calls_of_a_bucket_compile_once(adapter):
+    prompts = [ra.adapter_prompt(CAPTION, [0, 4], 0.7), ra.adapter_prompt(BARE, [], None)]
+    ra.generate.clear_cache()
+    adapter.analyse(prompts, jax.random.key(0), max_new_tokens=6)
+    adapter.analyse(prompts[:1] * 3, jax.random.key(1), temperature=0.0, max_new_tokens=6)
+    assert ra.generate._cache_size() == 1
+
+
+def test_analyse_gives_one_clean_line_each(adapter):
+    prompts = [ra.adapter_prompt(CAPTION, [], None)] * (ra.BATCH_BUCKETS[-1] + 1)  # more than a batch
+    texts = adapter.analyse(prompts, jax.random.key(0), max_new_tokens=12)
+    assert len(texts) == len(prompts)
+    assert all(text == text.strip() and text.isprintable() and "\ufffd" not in text for text in texts)
+    assert len(set(texts)) > 1
+    assert adapter.analyse([], jax.random.key(0)) == []
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        adapter.analyse(prompts, jax.random.key(0), max_new_tokens=10_000)
+
+
+def test_one_line_removes_control_characters():
+    assert ra.one_line("  a\n\nb\tc\x00\x1b[31m\u200b d\ufffd ") == "a b c[31m d"
+
+
+# ---------------------------------------------------------------------------------------------------------- fine-tuning
+
+TOYS = [(f"situation {word}", f"answer {word * 2}") for word in "abcdefgh"]
+
+
+def test_loss_ignores_prompt_targets(adapter):
+    """The loss is the mean over response tokens alone, and the last prompt token predicts the first of them."""
+    prompt, response = some_tokens(adapter, 6).tolist(), some_tokens(adapter, 4, seed=1).tolist()
+    batch = ra.pack([[(prompt, response)]], 16)
+    loss = ra.mean_nll(adapter.graphdef, adapter.base, adapter.lora, batch)
+    log_p = jax.nn.log_softmax(logits_of(adapter, [prompt + response])[0])
+    by_hand = -np.mean([log_p[5 + i, token] for i, token in enumerate(response)])
+    np.testing.assert_allclose(loss, by_hand, rtol=1e-5)
+
+    def loss_of_head(base):  # the head's column of a token that only the prompt has, and only as a target
+        return ra.mean_nll(adapter.graphdef, base, adapter.lora, batch)
+
+    gradient = jax.grad(loss_of_head)(adapter.base)["params"]["embed"]
+    padding = 0
+    unused = [t for t in range(adapter.config.vocab_size) if t not in {*prompt, *response, padding}]
+    np.testing.assert_array_equal(np.asarray(gradient)[unused], 0)
+    np.testing.assert_array_equal(np.asarray(gradient)[response[-1]], 0)  # read by nobody
+
+
+def test_finetuning_learns_and_leaves_the_base_alone(adapter):
+    base = jax.tree.map(np.array, adapter.base)
+    before = jax.tree.map(np.array, adapter.lora)
+    result = adapter.finetune(TOYS * 4, jax.random.key(0), epochs=12, learning_rate=1e-2)
+    assert result["nll_after"] < 0.5 * result["nll_before"]
+    assert result["examples"] == 32 and result["sft_loss"] > 0
+    jax.tree.map(np.testing.assert_array_equal, base, adapter.base)
+    assert not np.array_equal(before["lora"]["q_b"], adapter.lora["lora"]["q_b"])
+
+
+def test_finetuning_few_or_no_examples(adapter):
+    assert adapter.finetune([], jax.random.key(0)) == {}
+    result = adapter.finetune(TOYS[:1], jax.random.key(0), epochs=3, learning_rate=1e-3)
+    assert result["examples"] == 1 and result["nll_after"] < result["nll_before"]
+
+
+def test_an_infinite_step_keeps_the_last_good_weights(adapter):
+    adapter.finetune(TOYS, jax.random.key(0), epochs=1, learning_rate=1e-3)
+    good = jax.tree.map(np.array, adapter.state())
+    result = adapter.finetune(TOYS, jax.random.key(1), epochs=2, learning_rate=float("nan"))
+    jax.tree.map(np.testing.assert_array_equal, good, adapter.state())
+    assert all(np.isfinite(value) for value in result.values())
+    assert result["nll_after"] == result["nll_before"]
+
+
+def test_fresh_lora_equals_the_base(adapter):
+    tokens = some_tokens(adapter, 8)[None]
+    adapted = logits_of(adapter, tokens)
+    plain = ra.Adapter(adapter.config, adapter.base["params"], {}, 1.0, adapter.tokenizer, adapter.eos)
+    np.testing.assert_array_equal(adapted, logits_of(plain, tokens))
+    assert np.abs(logits_of(with_random_b(adapter), tokens) - adapted).max() > 1e-3
+
+
+def test_state_round_trip(folder, adapter):
+    adapter.finetune(TOYS, jax.random.key(0), epochs=1, learning_rate=1e-2)
+    saved = jax.tree.map(np.array, adapter.state())
+    other = ra.load_adapter(folder, seed=7)
+    other.load_state(saved)
+    tokens = some_tokens(adapter, 8)[None]
+    np.testing.assert_array_equal(logits_of(adapter, tokens), logits_of(other, tokens))
+    results = [a.finetune(TOYS, jax.random.key(2), epochs=1, learning_rate=1e-3) for a in (adapter, other)]
+    assert results[0] == results[1]  # the optimizer came along
+    with pytest.raises(ValueError, match="--adapter"):
+        ra.load_adapter(folder, lora_rank=4).load_state(saved)
+    with pytest.raises(ValueError, match="--adapter"):
+        adapter.load_state({})
+
+
+# ----------------------------------------------------------------------------------------------------- the model folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_and_load_give_equal_logits(folder, tmp_path, tied):
+    first = ra.load_adapter(folder)
+    config = dataclasses.replace(first.config, tied=tied)
+    params = {name: first.base["params"][name] for name in ra.param_shapes(config)}
+    ra.write_folder(tmp_path / "copy", config, params, first.tokenizer)
+    second = ra.load_adapter(tmp_path / "copy")
+    assert second.config == config and second.eos == first.eos
+    original = ra.Adapter(config, params, {}, 1.0, first.tokenizer, first.eos)
+    tokens = some_tokens(first, 10)[None]
+    np.testing.assert_array_equal(logits_of(original, tokens), logits_of(second, tokens))
+    prompt = ra.adapter_prompt(CAPTION, [3], 0.5)
+    assert first.encode_prompt(prompt, 500) == second.encode_prompt(prompt, 500)
+    assert second.tokenizer.decode(second.tokenizer.encode(CAPTION)) == CAPTION
+
+
+def edit_config(path, **changes):
+    config = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(path, edit):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda p: shutil.rmtree(p), "no folder"),
+        (lambda p: (p / "config.json").unlink(), "no config.json"),
+        (lambda p: (p / "tokenizer.json").unlink(), "no tokenizer.json"),
+        (lambda p: (p / "config.json").write_text("{"), "cannot use"),
+        (lambda p: (p / "tokenizer.json").write_text("{}"), "cannot use"),
+        (lambda p: (p / "model.safetensors").write_bytes(b"\0" * 99), "cannot use"),
+        (lambda p: edit_config(p, model_type="gpt2"), "gpt2"),
+        (lambda p: edit_config(p, model_type="no such thing"), "cannot use"),
+        (lambda p: edit_config(p, hidden_act="gelu"), "silu"),
+        (lambda p: edit_config(p, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope_type"),
+        (lambda p: edit_config(p, intermediate_size=64), "does not fit"),
+        (lambda p: edit_config(p, vocab_size=10), "does not fit"),
+        (lambda p: edit_tensors(p, lambda t: t.pop("model.norm.weight")), "lacks 1 tensors, such as model.norm.weight"),
+        (lambda p: edit_tensors(p, lambda t: t.update(extra=np.ones(2))), "unknown 1 tensors, such as extra"),
+    ],
+)
+def test_a_damaged_folder_is_one_clear_line(folder, tmp_path, damage, words):
+    path = damaged(folder, tmp_path)
+    damage(path)
+    with pytest.raises(ValueError, match=words) as error:
+        ra.load_adapter(path)
+    assert str(error.value).startswith("--adapter") and "\n" not in str(error.value)
+
+
+def test_harmless_extra_tensors_are_ignored(folder, tmp_path):
+    path = damaged(folder, tmp_path)
+    edit_tensors(path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}))
+    ra.load_adapter(path)
+
+
+# ------------------------------------------------------------------------------------------------- prompts and teaching
+
+
+def test_prompt_says_what_is_known():
+    text = ra.adapter_prompt(CAPTION, (0, 4), 0.731)
+    assert text.startswith(CAPTION + "\n") and text.endswith(ra.INSTRUCTION)
+    assert "Previous sub-goals: chop tree, drink water." in text and "Comprehension score: 0.73." in text
+    text = ra.adapter_prompt(CAPTION, [], None)
+    assert "Previous sub-goals: none." in text and "Comprehension score: not known yet." in text
+
+
+def test_possible_sub_goals_need_their_things():
+    assert set(ra.NEEDS) == set(BASIC_SUB_GOALS)
+    assert ra.possible_sub_goals(BARE) == ["sleep"]
+    expected = "chop tree, place crafting table, attack cow, chop grass, drink water, place plant, attack zombie, sleep"
+    assert ra.possible_sub_goals(CAPTION) == expected.split(", ")
+
+
+@pytest.mark.parametrize("caption", [CAPTION, BARE, WORKSHOP])
+def test_analyses_name_only_what_the_caption_mentions(caption):
+    rng = np.random.default_rng(0)
+    possible, named, texts = set(ra.possible_sub_goals(caption)), set(), set()
+    for _ in range(500):
+        last = rng.choice(len(SUB_GOALS), rng.integers(0, 4), replace=False).tolist()
+        text = ra.write_analysis(rng, caption, last, None if rng.random() < 0.2 else rng.random())
+        goals = {BASIC_SUB_GOALS[i] for i in sub_goals_in_text(text)}
+        assert goals and goals <= possible, text
+        named |= goals
+        texts.add(text)
+    assert named == possible  # none is preferred to the point of excluding another
+    assert len(texts) > 100
+
+
+def test_analyses_state_facts_of_the_caption_and_follow_the_score():
+    pressing, others = ra.true_statements(CAPTION)
+    assert pressing == ["Drink is low at 3.", "A zombie is near (1 east)."]
+    assert "It sees a tree (2 north)." in others and "It holds 3 wood." in others and "It has no stone." in others
+    pressing, others = ra.true_statements(BARE)
+    assert pressing == ["Health is low at 2.", "It is dark.", "It is asleep."] and others[0] == "It is enclosed."
+    for score, kind in ((0.9, "good"), (0.5, "fair"), (0.1, "poor"), (None, "unknown")):
+        text = ra.write_analysis(np.random.default_rng(0), CAPTION, [4], score)
+        assert any(text.startswith(start.format(last="drinking water")) for start in ra.UNDERSTOOD[kind])
+
+
+def test_default_adapter_is_trained_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLADAPTER_CACHE", str(tmp_path))
+    monkeypatch.setattr(ra, "PRETRAIN_ROWS", 2)
+    path = ra.default_adapter_folder()
+    assert path.parent == tmp_path
+    losses = []
+    ra.train_default_adapter([CAPTION, BARE], path, 0, lambda *report: losses.append(report), steps=4)
+    assert losses[-1][:2] == (4, 4) and losses[-1][2] < losses[0][2]
+    stamp = (path / "model.safetensors").stat().st_mtime_ns
+    ra.train_default_adapter([CAPTION, BARE], path, 1, steps=4)  # whoever wrote it first, won
+    assert (path / "model.safetensors").stat().st_mtime_ns == stamp
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # no draft is left
+    adapter = ra.load_adapter(path)
+    assert sum(x.size for x in jax.tree.leaves(adapter.base)) < 1.2e6
+    with pytest.raises(ValueError, match="captions"):
+        ra.train_default_adapter([], tmp_path / "other")
+
+
+def test_losing_the_race_to_write_keeps_the_winner(folder, tmp_path):
+    winner = tmp_path / "model"
+    shutil.copytree(folder, winner)
+    adapter = ra.load_adapter(folder)
+    ra.write_folder(winner, adapter.config, adapter.base["params"], adapter.tokenizer)
+    ra.load_adapter(winner)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_no_adapter_says_and_learns_nothing():
+    nobody = ra.NoAdapter()
+    assert nobody.analyse(["a", "b"], jax.random.key(0)) == ["", ""]
+    assert nobody.finetune(TOYS, jax.random.key(0)) == {} and nobody.state() == {}
+    nobody.load_state({})

@@ -1,0 +1,617 @@
+"""Messages, reply parser, guides, embeddings, and the HTTP guide against a real local server with faults."""
+
+import json
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytest_httpserver import HTTPServer
+from werkzeug import Request, Response
+
+import envs.vocabulary as vocab
+import llm_client
+from llm_client import Guidance, HashEmbedding, HttpGuide, RandomGuide, RulesGuide, build_messages, clean, parse_reply
+
+CAPTION = """You see: tree (2 north), water (1 south, 3 west), cow (1 north, 4 east), zombie (1 east).
+Facing: grass.
+Inventory: 3 wood, 1 sapling, wood pickaxe.
+Vitals (of 9): health 9, food 7, drink 3, energy 8.
+It is day. The player is awake.
+Unlocked: collect wood, place table, make wood pickaxe."""
+BARE = """You see: nothing special.
+Facing: water.
+Inventory: nothing.
+Vitals (of 9): health 2, food 9, drink 9, energy 9.
+It is dark. The player is asleep. The player is enclosed.
+Unlocked: nothing."""
+WORKSHOP = """You see: stone (1 north), crafting table (1 north, 1 east), furnace (2 south), ripe plant (4 west).
+Facing: crafting table.
+Inventory: 2 wood, 5 stone, 1 coal, 1 iron, stone pickaxe, wood sword.
+Vitals (of 9): health 9, food 4, drink 5, energy 9.
+It is day. The player is awake.
+Unlocked: collect wood, place table, make wood pickaxe, make stone pickaxe, make wood sword, place furnace."""
+GOOD = '{"sub_goals": ["chop tree", "drink water"], "because": ["tree in view", "not wood >= 4"]}'
+TREE, WATER = vocab.SUB_GOAL_INDEX["chop tree"], vocab.SUB_GOAL_INDEX["drink water"]
+KEY = "sk-test-0123456789abcdef"
+
+
+def names(text: str) -> list[str]:
+    return [vocab.SUB_GOALS[i] for i in parse_reply(text).sub_goals]
+
+
+def because(text: str) -> set[str]:
+    return {("" if truth else "not ") + vocab.FACTS[i] for i, truth in parse_reply(text).because}
+
+
+# --- Messages
+
+
+def test_system_prompt_lists_every_name_and_its_example_parses():
+    for name in vocab.SUB_GOALS + vocab.FACTS:
+        assert name in llm_client.SYSTEM_PROMPT
+    example = next(line for line in llm_client.SYSTEM_PROMPT.splitlines() if line.startswith("{"))
+    assert names(example) == ["chop tree", "drink water"]
+    assert because(example) == {"tree in view", "not wood >= 4", "water in view"}
+
+
+def test_golden_messages():
+    system, user = build_messages(CAPTION, (TREE, WATER), "It is\nthirsty.")
+    assert system == {"role": "system", "content": llm_client.SYSTEM_PROMPT}
+    tail = "\nPrevious sub-goals: chop tree, drink water.\nAnalysis: It is thirsty."
+    assert user == {"role": "user", "content": CAPTION + tail}
+    assert build_messages(CAPTION, (), "")[1]["content"] == CAPTION + "\nPrevious sub-goals: none."
+
+
+def test_analysis_is_limited_and_stays_on_one_line():
+    text = build_messages(CAPTION, (), "\x1b[31mInventory: 99 wood.\n" * 1_000)[1]["content"]
+    assert len(text) < len(CAPTION) + llm_client.MAX_ANALYSIS + 60 and "\x1b" not in text
+    assert llm_client.read_caption("Analysis first\n" + text).inventory["wood"] == 3
+
+
+@pytest.mark.parametrize(
+    ("dirty", "shown"),
+    [
+        ("a\x1b[31mred\x1b[0m  b\n\tc", "ared b c"),
+        ("\x1b]0;title\x07x\x9b2Jy", "xy"),
+        ("a\x00b\x7fc\u202ed\ud800e\u200bf", "abcdef"),
+        ("é 木", "é 木"),
+        ("x" * 50, "x" * 10),
+    ],
+)
+def test_clean(dirty: str, shown: str):
+    assert clean(dirty, 10) == shown
+
+
+@given(st.text(st.characters(), max_size=200))
+def test_clean_leaves_one_printable_line(text: str):
+    shown = clean(text, 60)
+    assert len(shown) <= 60 and shown.isprintable() and shown == shown.strip() == clean(shown, 60)
+    shown.encode()
+
+
+# --- Replies
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        f"Sure! Here you are:\n```json\n{GOOD}\n```\nGood luck {{}} \u263a",
+        f"<think>maybe {GOOD.replace('chop tree', 'sleep')}</think>{GOOD}",
+        "Use {braces} and { odd ones: " + GOOD,
+        '{"analysis": {"a": 1}} ' + GOOD,
+        '{"answer": ' + GOOD + "}",
+        GOOD.replace("sub_goals", "Sub-Goals"),
+        GOOD.replace('["chop tree", "drink water"]', '["1. Chop trees!", null, 7, {"a": []}, "fly", "get water"]'),
+        GOOD.replace('["chop tree", "drink water"]', '"chop tree, drink water"'),
+        GOOD.replace('["tree in view", "not wood >= 4"]', '{"tree in view": true, "wood >= 4": false, "dark": 1}'),
+        GOOD.replace('"not wood >= 4"', '"NOT wood>=4", "!wood ≥ 4", null, [], "a full moon", "dark", "not dark"'),
+    ],
+)
+def test_replies_that_mean_the_same(text: str):
+    assert names(text) == ["chop tree", "drink water"]
+    assert because(text) == {"tree in view", "not wood >= 4"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1. Chop tree\n2. drink water",
+        "chop tree, drink water",
+        "- **Chop tree** (2 north)\n- Drink water - the drink is low",
+        "Sub-goals: gather wood; get water",
+        '["chop tree", "drink water"]',
+        "{'sub_goals': ['chop tree', 'drink water'], 'because': ['sleep']}",
+        '{"sub_goals": ["chop tree", "drink water"], "because": ["tree in view", "wood pick',
+    ],
+)
+def test_lists_and_damaged_json_give_sub_goals_that_rest_on_everything(text: str):
+    assert parse_reply(text) == Guidance((TREE, WATER), ())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "I would rather not say.", "{}", "[]", "null", '{"sub_goals": []}', '{"sub_goals": null, "note": "sleep"}',
+        '{"sub_goals": ["fly"], "note": ["sleep"]}', '{"sub_goals": {"chop tree": 1}}', "<think>chop tree",
+        '{"a":' * 5_000, "[" * 20_000, '{"sub_goals": ' + "[" * 15_000 + "]" * 4_000,
+    ],
+)  # fmt: skip
+def test_replies_without_a_usable_sub_goal(text: str):
+    with pytest.raises(ValueError, match="no known sub-goal"):
+        parse_reply(text)
+
+
+def test_at_most_five_sub_goals_each_once():
+    reply = json.dumps({"sub_goals": ["chop tree", "gather wood", *vocab.SUB_GOALS]})
+    assert parse_reply(reply) == Guidance((0, 1, 2, 3, 4), ())
+
+
+@pytest.mark.parametrize("name", vocab.SUB_GOALS)
+def test_every_sub_goal_parses(name: str):
+    assert names(json.dumps({"sub_goals": [name]})) == names(f"- {name.title()}.") == [name]
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [("craft a workbench", "place crafting table"), ("kill cows", "attack cow"), ("rest", "sleep")],
+)
+def test_aliases(words: str, name: str):
+    assert names(json.dumps({"sub_goals": [words]})) == names(words) == [name]
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["{", "[", '"', '\\"', '{"', '{"a":', "{}", "because ", "because: ", "- ", " ", "</think>", "\x1b]", "\x1b[",
+     "chop tree,", '{"sub_goals":', "1" * 5_000],
+)  # fmt: skip
+def test_no_reply_takes_long(unit: str):
+    text = (unit * 100_000)[:2_000_000]
+    start = time.perf_counter()
+    try:
+        parse_reply(text)
+    except ValueError:
+        pass
+    clean(text, 300)
+    assert time.perf_counter() - start < 1.0
+
+
+def check_parse(text: str) -> None:
+    try:
+        guidance = parse_reply(text)
+    except ValueError as reason:
+        assert "\n" not in str(reason) and len(str(reason)) < 500
+        return
+    assert 1 <= len(set(guidance.sub_goals)) == len(guidance.sub_goals) <= llm_client.MAX_SUB_GOALS
+    assert all(0 <= i < len(vocab.SUB_GOALS) for i in guidance.sub_goals)
+    facts = [i for i, _ in guidance.because]
+    assert len(set(facts)) == len(facts) and all(0 <= i < len(vocab.FACTS) for i in facts)
+    assert all(isinstance(truth, bool) for _, truth in guidance.because)
+
+
+PIECES = st.sampled_from([*"{}[]\":,\\\n'` ", "sub_goals", "because", "chop tree", "not ", "dark", "\ud800"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text() | st.sampled_from(["sleep", "not dark"]),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["sub_goals", "because", "x"]) | st.text(), inner),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters()) | st.lists(PIECES, max_size=40).map("".join))
+def test_parser_on_any_text(text: str):
+    check_parse(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(JSON, JSON, JSON)
+def test_parser_on_any_json(value: object, sub_goals: object, facts: object):
+    check_parse(json.dumps(value))
+    check_parse(json.dumps({"sub_goals": sub_goals, "because": facts}))
+    check_parse(json.dumps({"sub_goals": ["sleep", sub_goals], "because": facts}))
+
+
+# --- Captions and the rules
+
+
+def test_read_caption():
+    s = llm_client.read_caption(build_messages(CAPTION, (), "x")[1]["content"])
+    assert s.sights == {"tree": (-2, 0), "water": (1, -3), "cow": (-1, 4), "zombie": (0, 1)}
+    assert s.facing == "grass" and s.inventory == {"wood": 3, "sapling": 1, "wood pickaxe": 1}
+    assert s.vitals == {"health": 9, "food": 7, "drink": 3, "energy": 8}
+    assert (s.dark, s.asleep, s.enclosed) == (False, False, False)
+    assert s.unlocked == {"collect wood", "place table", "make wood pickaxe"}
+    bare = llm_client.read_caption(BARE)
+    assert (bare.sights, bare.inventory, bare.unlocked) == ({}, {}, frozenset())
+    assert (bare.dark, bare.asleep, bare.enclosed) == (True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("caption", "true"),
+    [
+        (CAPTION, "unlocked collect wood, unlocked place table, unlocked make wood pickaxe, wood >= 1, wood >= 2, "
+         "sapling >= 1, drink low, tree in view, water in view, cow in view, zombie in view, zombie near"),
+        (BARE, "health low, energy full, dark, asleep, enclosed"),
+        (WORKSHOP, "unlocked collect wood, unlocked place table, unlocked make wood pickaxe, "
+         "unlocked make stone pickaxe, unlocked make wood sword, unlocked place furnace, wood >= 1, wood >= 2, "
+         "stone >= 1, stone >= 4, coal >= 1, iron >= 1, food low, stone in view, crafting table in view, "
+         "furnace in view, ripe plant in view, table in reach, energy full"),
+    ],
+)  # fmt: skip
+def test_facts_of(caption: str, true: str):
+    facts = llm_client.facts_of(llm_client.read_caption(caption))
+    assert tuple(facts) == vocab.FACTS
+    assert {name for name, truth in facts.items() if truth} == set(true.split(", "))
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", CAPTION.replace("Facing", "Face"), CAPTION.replace("drink 3, ", "")])
+def test_unreadable_caption_is_an_error_of_its_reply_alone(text: str):
+    batch = [build_messages(text, (), ""), build_messages(CAPTION, (), "")]
+    bad, good = RulesGuide(0).complete(batch, [0, 0])
+    assert "caption" in bad.error and not bad.text and not good.error and good.calls == 1
+
+
+@pytest.mark.parametrize("caption", [CAPTION, BARE, WORKSHOP])
+@pytest.mark.parametrize("analysis", ["", "The player should drink water, then mine diamond and sleep."])
+def test_rules_round_trip(caption: str, analysis: str):
+    facts = llm_client.facts_of(llm_client.read_caption(caption))
+    batch = [build_messages(caption, (), analysis)] * 6
+    replies = RulesGuide(3).complete(batch, list(range(6)))
+    assert replies[0].text == RulesGuide(4).complete(batch[:1], [0])[0].text
+    for reply in replies:
+        guidance = parse_reply(reply.text)
+        assert not reply.error and guidance.because
+        for index, truth in guidance.because:
+            assert facts[vocab.FACTS[index]] == truth
+        assert guidance.sub_goals[0] == parse_reply(replies[0].text).sub_goals[0]
+        assert set(guidance.sub_goals) <= set(parse_reply(replies[0].text).sub_goals)
+
+
+def test_rules_heed_a_named_sub_goal_only_where_it_is_possible():
+    base = dict.fromkeys(vocab.FACTS, False) | {"cow in view": True, "unlocked eat cow": True}
+    cow, diamond = vocab.SUB_GOAL_INDEX["attack cow"], vocab.SUB_GOAL_INDEX["mine diamond"]
+    assert cow not in llm_client.advise(base, [])[0]
+    assert llm_client.advise(base, [diamond, cow])[0][0] == cow
+    assert diamond not in llm_client.advise(base, [diamond])[0]
+    assert tuple(llm_client.POSSIBLE) == vocab.BASIC_SUB_GOALS
+    assert {text.removeprefix("not ") for texts in llm_client.POSSIBLE.values() for text in texts} <= set(vocab.FACTS)
+
+
+def test_situations_that_share_because_get_the_same_advice():
+    rng = random.Random(0)
+    for _ in range(300):
+        facts = {name: rng.random() < 0.4 for name in vocab.FACTS}
+        heeded = rng.sample(range(vocab.NUM_BASIC), 2)
+        advice, literals = llm_client.advise(facts, heeded)
+        assert advice and all(facts[name] == truth for name, truth in literals)
+        other = {name: rng.random() < 0.4 for name in vocab.FACTS} | dict(literals)
+        assert llm_client.advise(other, heeded)[0] == advice
+
+
+def test_random_guide_is_deterministic_in_seed_messages_and_sample():
+    batch = [build_messages(caption, (), "") for caption in (CAPTION, CAPTION, BARE)]
+    texts = [reply.text for reply in RandomGuide(1).complete(batch, [0, 1, 0])]
+    assert texts == [reply.text for reply in RandomGuide(1).complete(batch, [0, 1, 0])]
+    assert len(set(texts)) == 3 and RandomGuide(2).complete(batch[:1], [0])[0].text != texts[0]
+    for text in texts:
+        guidance = parse_reply(text)
+        assert len(guidance.sub_goals) == 3 and max(guidance.sub_goals) < vocab.NUM_BASIC and not guidance.because
+
+
+# --- Embeddings
+
+
+def test_embedding_norms_shapes_and_cache():
+    embedding = HashEmbedding(64)
+    rows = embedding.encode(["chop tree", "", "?!", "chop tree"])
+    assert rows.shape == (4, 64) and rows.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), [1, 0, 0, 1], atol=1e-6)
+    rows[0] = 0  # a caller's array is not the cache
+    np.testing.assert_array_equal(embedding.encode(["chop tree"])[0], rows[3])
+    assert embedding.encode([]).shape == (0, 64)
+
+
+def test_embedding_is_the_same_in_another_process():
+    code = "import llm_client as l; print(l.HashEmbedding().encode(['mine iron']).tobytes().hex())"
+    root = llm_client.__file__.rpartition("/")[0]
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert said.stdout.strip() == HashEmbedding().encode(["mine iron"]).tobytes().hex()
+
+
+def test_similar_texts_are_closer_and_no_two_sub_goals_are_the_same():
+    tree, trees, water = HashEmbedding().encode(["chop tree", "chop trees", "drink water"])
+    assert tree @ trees > 0.5 > 0.3 > abs(tree @ water)
+    rows = HashEmbedding().encode(vocab.SUB_GOALS)
+    assert np.max(rows @ rows.T - 2 * np.eye(len(rows))) < 0.9
+
+
+def test_embed_sub_goals():
+    embedding = HashEmbedding()
+    both = llm_client.embed_sub_goals(embedding, (TREE, WATER))
+    rows = embedding.encode(["chop tree", "drink water"])
+    np.testing.assert_allclose(both, rows.sum(0) / np.linalg.norm(rows.sum(0)), atol=1e-6)
+    np.testing.assert_array_equal(both, llm_client.embed_sub_goals(embedding, (WATER, TREE)))
+    np.testing.assert_array_equal(llm_client.embed_sub_goals(embedding, ()), np.zeros(384, np.float32))
+
+
+# --- The HTTP guide
+
+MESSAGES = build_messages(CAPTION, (), "")
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def one_server():
+    with HTTPServer(host="127.0.0.1", threaded=True) as http_server:
+        yield http_server
+
+
+@pytest.fixture
+def server(one_server: HTTPServer):
+    one_server.clear()
+    return one_server
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def guide(server: HTTPServer, **settings: float) -> HttpGuide:
+    return HttpGuide(server.url_for("/v1"), "tiny", **({"timeout": 5.0, "retries": 0} | settings))
+
+
+def chat(content: object, **usage: object) -> dict[str, object]:
+    message = {"role": "assistant", "content": content}
+    return {"object": "chat.completion", "choices": [{"index": 0, "message": message}], "usage": usage}
+
+
+def ask(client: HttpGuide) -> llm_client.Reply:
+    (reply,) = client.complete([MESSAGES], [0])
+    return reply
+
+
+def test_http_good_reply(server: HTTPServer):
+    server.expect_request(CHAT).respond_with_json(chat(GOOD, prompt_tokens=11, completion_tokens=7))
+    client = guide(server)
+    client.check()
+    reply = ask(client)
+    assert (reply.text, reply.error, reply.calls, reply.cached) == (GOOD, "", 1, False)
+    assert (reply.prompt_tokens, reply.completion_tokens) == (11, 7) and 0 < reply.seconds < 5
+    request = server.log[-1][0].get_json()
+    assert request["messages"] == MESSAGES and request["max_tokens"] == 300 and request["model"] == "tiny"
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "named"),
+    [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "--llm-model"), (404, "--llm-base-url"), (422, "--llm-m")],
+)
+def test_http_refusal_ends_the_check_and_is_an_error_later(server: HTTPServer, status: int, named: str):
+    said = {"error": {"message": "no\nway \x1b[31m" + "x" * 9_000}}
+    server.expect_request(CHAT).respond_with_json(said, status=status)
+    with pytest.raises(ValueError, match=named) as raised:
+        guide(server).check()
+    assert "\n" not in str(raised.value) and "\x1b" not in str(raised.value) and len(str(raised.value)) < 600
+    reply = ask(guide(server))
+    assert str(status) in reply.error and not reply.text and reply.calls == 0
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_http_busy_server_is_a_warning_of_the_check(server: HTTPServer, status: int, capsys: pytest.CaptureFixture):
+    server.expect_request(CHAT).respond_with_data("later", status=status)
+    guide(server).check()
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ") and str(status) in warning and warning.count("\n") == 1
+
+
+@pytest.mark.parametrize("body", ["<html>hello</html>", "[]", '{"object": "list"}'])
+def test_http_check_refuses_what_is_no_chat_server(server: HTTPServer, body: str):
+    server.expect_request(CHAT).respond_with_data(body)
+    with pytest.raises(ValueError, match="--llm-base-url"):
+        guide(server).check()
+
+
+def test_http_refused_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    client = HttpGuide(url, "tiny", timeout=2, retries=1)
+    with pytest.raises(ValueError, match="--llm-base-url"):
+        client.check()
+    replies = client.complete([MESSAGES] * 3, [0, 1, 2])
+    assert len(replies) == 3 and all("onnection" in reply.error and reply.calls == 0 for reply in replies)
+
+
+def test_http_429_once_then_good(server: HTTPServer):
+    server.expect_ordered_request(CHAT).respond_with_data("slow down", status=429, headers={"retry-after": "0.05"})
+    server.expect_ordered_request(CHAT).respond_with_json(chat(GOOD))
+    reply = ask(guide(server, retries=2))
+    assert (reply.text, reply.error, reply.calls) == (GOOD, "", 1)  # retries are not calls
+
+
+def test_http_500_always(server: HTTPServer):
+    server.expect_request(CHAT).respond_with_data("broken", status=500)
+    reply = ask(guide(server, retries=1))
+    assert "500" in reply.error and reply.calls == 0 and len(server.log) == 2
+
+
+def hanging(seconds: float, done: threading.Event):
+    def handler(request: Request) -> Response:
+        done.wait(seconds)
+        return Response(json.dumps(chat(GOOD)), content_type="application/json")
+
+    return handler
+
+
+def test_http_hang_ends_within_its_bounds(server: HTTPServer, capsys: pytest.CaptureFixture):
+    done = threading.Event()
+    server.expect_request(CHAT).respond_with_handler(hanging(10, done))
+    start = time.perf_counter()
+    reply = ask(guide(server, timeout=0.3, retries=5))
+    assert "time" in reply.error.lower() and time.perf_counter() - start < 2
+    guide(server, timeout=0.3).check()
+    assert capsys.readouterr().err.startswith("warning: ")
+    start = time.perf_counter()
+    replies = guide(server, concurrency=1, deadline=0.5).complete([MESSAGES] * 4, [0] * 4)  # the pause as a whole
+    assert time.perf_counter() - start < 2 and all(reply.error == "time-out" for reply in replies)
+    done.set()
+
+
+def test_http_reply_that_drips_is_bounded(server: HTTPServer):
+    def drip():
+        for _ in range(100):
+            time.sleep(0.05)
+            yield b" "
+
+    server.expect_request(CHAT).respond_with_handler(lambda request: Response(drip(), content_type="application/json"))
+    start = time.perf_counter()
+    assert ask(guide(server, timeout=0.3)).error == "time-out"
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"choices": []}', "choice"), (b"", "JSON"), (b"not json", "JSON"), (b"[" * 100_000, "JSON"),
+        (b"null", "choice"), (b"[1]", "choice"), (b'{"choices": {"0": 1}}', "choice"), (b'{"choices": [0]}', "choice"),
+        (b'{"choices": [{"message": "x"}]}', "choice"), (b'{"choices": [{"message": {"content": ["x"]}}]}', "text"),
+        (b'{"error": "' + GOOD.replace('"', "'").encode() + b'"}', "choice"), (b'{"choices": "\xff\xfe"}', "UTF-8"),
+        (json.dumps(chat(None)).encode(), "no known"), (json.dumps(chat("")).encode(), "no known"),
+    ],
+)  # fmt: skip
+def test_http_nonsense_is_an_error(server: HTTPServer, body: bytes, said: str):
+    server.expect_request(CHAT).respond_with_data(body, content_type="application/json")
+    reply = ask(guide(server))
+    assert said in reply.error and reply.calls == 1 and len(server.log) == 1
+
+
+@pytest.mark.parametrize("usage", [None, [], {"prompt_tokens": "x"}, {"prompt_tokens": -1, "completion_tokens": 1e99}])
+def test_http_odd_usage_counts_nothing(server: HTTPServer, usage: object):
+    server.expect_request(CHAT).respond_with_json(chat(GOOD) | {"usage": usage})
+    reply = ask(guide(server))
+    assert (reply.error, reply.prompt_tokens, reply.completion_tokens) == ("", 0, 0)
+
+
+def test_http_long_replies(server: HTTPServer):
+    server.expect_ordered_request(CHAT).respond_with_json(chat(GOOD + " blah" * 400_000))
+    server.expect_ordered_request(CHAT).respond_with_json(chat("x" * (llm_client.MAX_BODY + 1)))
+    client = guide(server)
+    reply = ask(client)
+    assert len(reply.text) == llm_client.MAX_REPLY and not reply.error
+    reply = ask(client)
+    assert "longer than" in reply.error and not reply.text
+
+
+def test_http_control_characters_stay_out_of_errors(server: HTTPServer):
+    server.expect_request(CHAT).respond_with_json(chat("\x1b[2J\x00\x07 no\nidea \u202e"))
+    reply = ask(guide(server))
+    assert reply.error.isprintable() and "no idea" in reply.error and reply.calls == 2
+
+
+@pytest.mark.parametrize("second", [GOOD, "I still do not know."])
+def test_http_one_repair_turn(server: HTTPServer, second: str):
+    first = chat("I do not know.", prompt_tokens=10, completion_tokens=1)
+    server.expect_ordered_request(CHAT).respond_with_json(first)
+    server.expect_ordered_request(CHAT).respond_with_json(chat(second, prompt_tokens=20, completion_tokens=2))
+    reply = ask(guide(server))
+    assert (reply.calls, reply.prompt_tokens, reply.completion_tokens, reply.text) == (2, 30, 3, second)
+    assert bool(reply.error) == (second != GOOD) and len(server.log) == 2
+    sent = server.log[-1][0].get_json()["messages"]
+    assert sent[:2] == MESSAGES and sent[2] == {"role": "assistant", "content": "I do not know."}
+    assert "could not be used" in sent[3]["content"] and sent[3]["role"] == "user"
+
+
+def test_http_order_and_concurrency(server: HTTPServer):
+    lock, running, peak = threading.Lock(), 0, 0
+
+    def handler(request: Request) -> Response:
+        nonlocal running, peak
+        with lock:
+            running += 1
+            peak = max(peak, running)
+        time.sleep(0.1)
+        with lock:
+            running -= 1
+        number = request.get_json()["messages"][1]["content"].rpartition(" ")[2]
+        return Response(json.dumps(chat(f"{GOOD} {number}")), content_type="application/json")
+
+    server.expect_request(CHAT).respond_with_handler(handler)
+    batch = [build_messages(CAPTION, (), f"number {i}") for i in range(8)]
+    replies = guide(server, concurrency=4).complete(batch, [0] * 8)
+    assert [reply.text for reply in replies] == [f"{GOOD} {i}" for i in range(8)]
+    assert 2 <= peak <= 4
+
+
+def test_http_takes_the_newer_name_of_the_limit(server: HTTPServer):
+    def handler(request: Request) -> Response:
+        old = "max_tokens" in request.get_json()
+        answer = {"error": {"message": "use 'max_completion_tokens' instead"}} if old else chat(GOOD)
+        return Response(json.dumps(answer), status=400 if old else 200, content_type="application/json")
+
+    server.expect_request(CHAT).respond_with_handler(handler)
+    client = guide(server)
+    client.check()
+    assert not ask(client).error
+
+
+@pytest.mark.parametrize("status", [200, 401, 404, 500])
+def test_key_is_sent_and_never_shown(server: HTTPServer, monkeypatch: pytest.MonkeyPatch, capsys, status: int):
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+
+    def handler(request: Request) -> Response:  # a server that repeats the key, also broken up or at the error's cut
+        key = request.headers["authorization"].removeprefix("Bearer ")
+        said = f"{key} {key[:5]}\x00{key[5:]}" + "y" * 180 + key
+        answer = chat(said) if status == 200 else {"error": {"message": said}}
+        return Response(json.dumps(answer), status=status, content_type="application/json")
+
+    server.expect_request(CHAT).respond_with_handler(handler)
+    client = guide(server)
+    said = repr(ask(client))
+    try:
+        client.check()
+    except ValueError as error:
+        said += str(error)
+    said += capsys.readouterr().err + json.dumps(server.log[0][0].get_json())
+    assert server.log[0][0].headers["authorization"] == f"Bearer {KEY}"
+    assert KEY[:12] not in said
+
+
+def test_key_is_needed_elsewhere_only(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match="OPENAI_API_KEY"):
+        HttpGuide("https://llm.example/v1", "m")
+    for host in ("127.0.0.1:1", "localhost", "[::1]:8000"):
+        HttpGuide(f"http://{host}/v1", "m")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    HttpGuide("https://llm.example/v1", "m")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\u00e9\n-x")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY") as raised:
+        HttpGuide("https://llm.example/v1", "m")
+    assert "sk-" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "localhost:1/v1", "ftp://x/v1", "http://", "http://[::1", "http://x:99999/v1", "http://u:p@x/v1", "http://x/?k=s"],
+)
+def test_unusable_base_url(url: str):
+    with pytest.raises(ValueError, match="--llm-base-url"):
+        HttpGuide(url, "m")
+
+
+def test_make_llm():
+    url = "http://127.0.0.1:1/v1"
+    assert llm_client.make_llm("rules", model="", base_url="", seed=1).name == "rules"
+    assert llm_client.make_llm("random", model="", base_url="", seed=1).name == "random"
+    assert llm_client.make_llm("http", model="tiny", base_url=url, seed=1).name == "http:tiny"
+    for llm, model, flag in (("gpt", "", "--llm "), ("http", "", "--llm-model")):
+        with pytest.raises(ValueError, match=flag):
+            llm_client.make_llm(llm, model=model, base_url=url, seed=1)

@@ -253,18 +253,39 @@ POSSIBLE: dict[str, tuple[str, ...]] = {
     "mine diamond": ("unlocked make iron pickaxe", "diamond in view"),
     "make iron pickaxe": _IRON_TOOL, "make iron sword": _IRON_TOOL,
 }  # fmt: skip
-# (sub-goal, when it is wise). Life and death comes first, then what the analysis names, what is new, what is useful.
+# (sub-goal, when it is wise), the most urgent first: a life in danger, what the analysis names (see `advise`), then the
+# next tool, then what it takes, then what earns a first reward. Where a thing need not be in view for its sub-goal to be
+# wise the list does not ask for it: the player sees for itself, and the fewer facts an answer rests on, the more
+# situations it serves.
 URGENT = (
-    ("attack zombie", ("zombie near",)), ("drink water", ("drink low",)), ("eat plant", ("food low",)),
-    ("attack cow", ("food low",)), ("place stone", ("dark", "not enclosed")), ("sleep", ("energy low",)),
-    ("sleep", ("dark", "enclosed")),
+    ("attack zombie", ("zombie near",)), ("drink water", ("drink low",)), ("attack cow", ("food low",)),
+    ("eat plant", ("food low", "ripe plant in view")), ("sleep", ("energy low",)),
 )  # fmt: skip
-NEW = tuple(  # the first facts are "unlocked ..." in the order of the basic sub-goals; the hardest come last there
-    (name, (f"not {fact}",)) for name, fact in zip(POSSIBLE, vocab.FACTS, strict=False) if name != "sleep"
-)[::-1]
-USEFUL = (
-    ("mine iron", ("not iron >= 2",)), ("mine coal", ("not coal >= 2",)), ("mine stone", ("not stone >= 4",)),
-    ("place crafting table", ("not crafting table in view",)), ("chop tree", ("not wood >= 4",)), ("chop grass", ()),
+_AT_TABLE = "crafting table in view"
+WISE = (
+    ("make iron pickaxe", ("not unlocked make iron pickaxe", "iron >= 1", "furnace in view", _AT_TABLE)),
+    ("make iron sword", ("not unlocked make iron sword", "iron >= 1", "furnace in view", _AT_TABLE)),
+    ("make stone pickaxe", ("not unlocked make stone pickaxe", "stone >= 1", "wood >= 1", _AT_TABLE)),
+    ("make stone sword", ("not unlocked make stone sword", "stone >= 1", "wood >= 1", _AT_TABLE)),
+    ("make wood pickaxe", ("not unlocked make wood pickaxe", "wood >= 1", _AT_TABLE)),
+    ("make wood sword", ("not unlocked make wood sword", "wood >= 1", _AT_TABLE)),
+    ("place furnace", ("not unlocked place furnace", "stone >= 1", _AT_TABLE)),
+    ("place furnace", ("iron >= 1", "stone >= 1", "not furnace in view", _AT_TABLE)),
+    ("place stone", ("not unlocked place stone", "stone >= 1")),
+    ("place plant", ("not unlocked place plant", "sapling >= 1")),
+    ("place crafting table", ("not unlocked place table", "wood >= 2")),
+    ("place crafting table", ("not " + _AT_TABLE, "wood >= 4", "not unlocked make iron pickaxe")),
+    ("mine diamond", ("unlocked make iron pickaxe", "not unlocked collect diamond")),
+    ("mine iron", ("unlocked make stone pickaxe", "not iron >= 2")),
+    ("mine coal", ("unlocked make wood pickaxe", "not coal >= 2")),
+    ("mine stone", ("unlocked make wood pickaxe", "not stone >= 4")),
+    ("chop tree", ("not wood >= 4",)),
+    ("drink water", ("not unlocked collect drink",)),
+    ("attack cow", ("not unlocked eat cow",)),
+    ("chop grass", ("not unlocked collect sapling",)),
+    ("sleep", ("not unlocked wake up", "not energy full")),
+    ("attack zombie", ("not unlocked defeat zombie",)),
+    ("attack skeleton", ("not unlocked defeat skeleton", "skeleton in view")),
 )  # fmt: skip
 
 
@@ -277,13 +298,13 @@ def advise(facts: dict[str, bool], heeded: list[int]) -> tuple[list[int], set[tu
     """
     answer: list[int] = []
     because: set[tuple[str, bool]] = set()
-    named = tuple((vocab.BASIC_SUB_GOALS[i], ()) for i in heeded)
-    for sub_goal, wise in (*URGENT, *named, *NEW, *USEFUL):
+    named = tuple((vocab.BASIC_SUB_GOALS[i], POSSIBLE[vocab.BASIC_SUB_GOALS[i]]) for i in heeded)
+    for sub_goal, wise in (*URGENT, *named, *WISE):
         if len(answer) == MAX_SUB_GOALS:
             break
         if vocab.SUB_GOAL_INDEX[sub_goal] in answer:
             continue
-        literals = [(text.removeprefix("not "), not text.startswith("not ")) for text in (*wise, *POSSIBLE[sub_goal])]
+        literals = [(text.removeprefix("not "), not text.startswith("not ")) for text in wise]
         failing = [(name, not truth) for name, truth in literals if facts[name] != truth]
         if not failing:
             answer.append(vocab.SUB_GOAL_INDEX[sub_goal])

@@ -29,7 +29,17 @@ import numpy as np
 import optax
 from flax import nnx
 
-from envs.vocabulary import ACHIEVEMENTS, BASIC_SUB_GOALS, LOW, NEAR, SUB_GOALS, sub_goals_text
+from envs.vocabulary import (
+    ACHIEVEMENTS,
+    BASIC_SUB_GOALS,
+    INVENTORY,
+    LOW,
+    NEAR,
+    SIGHTS,
+    SUB_GOALS,
+    VITALS,
+    sub_goals_text,
+)
 
 Tree = dict[str, Any]  # a nested dict of arrays
 
@@ -51,7 +61,7 @@ SFT_OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1.0, wei
 
 
 def adapter_prompt(caption: str, sub_goals: Sequence[int], comprehension: float | None) -> str:
-    """The user turn: a caption (envs.captions), the sub-goals advised last (indices into SUB_GOALS), the score in [0, 1]."""
+    """The user turn: a caption (envs.captions), the last sub-goals (indices into SUB_GOALS), the score in [0, 1]."""
     score = UNKNOWN_SCORE if comprehension is None else f"Comprehension score: {comprehension:.2f}."
     return f"{caption}\nPrevious sub-goals: {sub_goals_text(tuple(sub_goals))}.\n{score}\n{INSTRUCTION}"
 
@@ -103,17 +113,18 @@ def param_shapes(config: LmConfig) -> dict[str, tuple[int, ...]]:
 
 
 def init_params(config: LmConfig, key: jax.Array) -> Tree:
-    """Random base weights, f32: normal(0.02), what writes to the residual stream scaled down by depth as in GPT-2."""
+    """Random base weights, f32: variance 1 / inputs, embeddings smaller. Larger than the usual 0.02 of large models,
+    with which a model this small takes far longer to learn to copy from its prompt."""
     shapes = param_shapes(config)
     params = {}
     for key_param, (name, shape) in zip(jax.random.split(key, len(shapes)), shapes.items(), strict=True):
-        std = 0.02 / math.sqrt(2 * config.num_layers) if name in ("o", "down") else 0.02
+        std = 0.05 if name == "embed" else 1 / math.sqrt(shape[-2]) if "norm" not in name else 0.0
         params[name] = jnp.ones(shape) if "norm" in name else std * jax.random.normal(key_param, shape)
     return params
 
 
 def init_lora(config: LmConfig, rank: int, key: jax.Array) -> Tree:
-    """LoRA factors, f32: A (L, in, rank) random, B (L, rank, out) zero, so that the adapted model starts as the base."""
+    """LoRA factors, f32: A (L, in, rank) random, B (L, rank, out) zero, so that it starts as the base."""
     shapes, lora = param_shapes(config), {}
     for key_a, name in zip(jax.random.split(key, len(PROJECTIONS)), PROJECTIONS, strict=True):
         num, inputs, outputs = shapes[name]
@@ -130,7 +141,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def rope_frequencies(config: LmConfig) -> np.ndarray:
-    """(head_dim / 2,) radians per position. Llama 3 slows the long wavelengths down by `factor`, blending in between."""
+    """(head_dim / 2,) radians per position. Llama 3 slows the long wavelengths down by `factor`."""
     frequencies = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
     if config.rope_llama3 is None:
         return frequencies
@@ -141,7 +152,7 @@ def rope_frequencies(config: LmConfig) -> np.ndarray:
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """RoPE on x (B, T, H, hd) by angles (B, T, hd/2), pairing component i with i + hd/2: HF's layout, not the paper's."""
+    """RoPE on x (B, T, H, hd) by angles (B, T, hd/2), pairing i with i + hd/2: HF's layout, not the paper's."""
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
@@ -193,7 +204,7 @@ class Decoder(nnx.Module):
         return rms_norm(x, self.params["norm"][...], self.config.rms_norm_eps), cache
 
     def attend(self, layer: Tree, x: jax.Array, angles: Any, mask: Any, cache: Any, depth: Any, index: Any) -> Any:
-        """The attention half of a layer: what is to be added to x (B, T, D), and the cache with this layer's entries."""
+        """The attention half of a layer: what to add to x (B, T, D), and the cache with this layer's entries."""
         c, (batch, length, _) = self.config, x.shape
         y = rms_norm(x, layer["attention_norm"], c.rms_norm_eps)
         heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
@@ -360,7 +371,7 @@ def write_config(folder: Path, config: LmConfig, eos_token_id: int) -> None:
 
 
 def left_pad(texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Token lists -> tokens (B, T), starts (B,): both dimensions padded to a bucket. Empty rows start at the last column."""
+    """Token lists -> tokens (B, T), starts (B,), both padded to a bucket. Empty rows start at the last column."""
     length = LENGTH_BUCKET * math.ceil(max(len(text) for text in texts) / LENGTH_BUCKET)
     batch = next(size for size in BATCH_BUCKETS if size >= len(texts))
     tokens = np.zeros((batch, length), np.int32)
@@ -372,7 +383,7 @@ def left_pad(texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sample_token(logits: jax.Array, row_keys: jax.Array, step: jax.Array, temperature: jax.Array) -> jax.Array:
-    """logits (B, V) -> tokens (B,): greedy at temperature 0. A key per row: a row's text ignores the batch around it."""
+    """logits (B, V) -> tokens (B,): greedy at temperature 0. A key per row: its text ignores the batch."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
     drawn = jax.vmap(jax.random.categorical)(keys, logits / jnp.maximum(temperature, 1e-6))
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits, -1)).astype(jnp.int32)
@@ -383,7 +394,7 @@ def generate(
     graphdef: Any, base: Tree, lora: Tree, tokens: jax.Array, starts: jax.Array, live: jax.Array, rows: jax.Array,
     eos: jax.Array, key: jax.Array, temperature: jax.Array, max_new_tokens: int,
 ) -> jax.Array:  # fmt: skip
-    """Left-padded prompts tokens (B, P), starts (B,) -> new tokens (B, max_new_tokens), filled up with eos[0] after the end.
+    """Left-padded prompts tokens (B, P), starts (B,) -> new tokens (B, max_new_tokens), eos[0] after the end.
 
     Stops when every row has met one of `eos` (E,). Rows that are not `live` (B,) have ended from the start; `rows`
     (B,) numbers them for their random keys.
@@ -422,7 +433,7 @@ def one_line(text: str) -> str:
 def pack(groups: Sequence[Sequence[tuple[list[int], list[int]]]], length: int) -> dict[str, np.ndarray]:
     """Groups of (prompt tokens, response tokens) -> one row of `length` columns a group.
 
-    What all prompts of a group begin with is stored once, and each of its texts goes on from there unseen by the others.
+    What all prompts of a group begin with is stored once, and its texts go on from there unseen by each other.
     tokens, starts, shared (R, length) int32 as in `Decoder`; weights (R, length) f32: 1 for the tokens of responses.
     What does not fit is left out, down to whole texts; ValueError if not even the first one fits.
     """
@@ -489,7 +500,9 @@ def sft_step(graphdef: Any, base: Tree, lora: Tree, optimizer: Any, batch: Tree,
 class NoAdapter:
     """`--adapter none`: says nothing, learns nothing."""
 
-    def analyse(self, prompts: Sequence[str], key: jax.Array, temperature: float = 1.0, max_new_tokens: int = 48) -> list[str]:
+    def analyse(
+        self, prompts: Sequence[str], key: jax.Array, temperature: float = 1.0, max_new_tokens: int = 48
+    ) -> list[str]:
         return [""] * len(prompts)
 
     def finetune(self, examples: Sequence[tuple[str, str]], key: jax.Array, **settings: float) -> dict[str, float]:
@@ -505,7 +518,9 @@ class NoAdapter:
 class Adapter:
     """A decoder with its tokenizer and LoRA weights. Made by `load_adapter`."""
 
-    def __init__(self, config: LmConfig, params: Tree, lora: Tree, lora_scale: float, tokenizer: Any, eos: Sequence[int]):
+    def __init__(
+        self, config: LmConfig, params: Tree, lora: Tree, lora_scale: float, tokenizer: Any, eos: Sequence[int]
+    ) -> None:
         self.config, self.tokenizer, self.eos = config, tokenizer, tuple(eos)
         self.graphdef, self.base, self.lora = make_decoder(config, params, lora, lora_scale)
         self.optimizer = SFT_OPTIMIZER.init(self.lora)
@@ -525,14 +540,17 @@ class Adapter:
         reply = self.tokenizer.encode(response, add_special_tokens=False)[: limit // 2] + [self.eos[0]]
         return self.encode_prompt(prompt, limit - len(reply)), reply
 
-    def analyse(self, prompts: Sequence[str], key: jax.Array, temperature: float = 1.0, max_new_tokens: int = 48) -> list[str]:
+    def analyse(
+        self, prompts: Sequence[str], key: jax.Array, temperature: float = 1.0, max_new_tokens: int = 48
+    ) -> list[str]:
         """An analysis for each prompt (`adapter_prompt`): stripped, one line, possibly empty. Temperature 0 is greedy.
 
         Compiles once per bucket of lengths and batch sizes. ValueError if max_new_tokens is not within the context.
         """
         room = self.config.max_positions - max_new_tokens
         if max_new_tokens < 1 or room < 1:
-            raise ValueError(f"--adapter: max_new_tokens must be 1 to {self.config.max_positions - 1}, not {max_new_tokens}")
+            most = self.config.max_positions - 1
+            raise ValueError(f"--adapter: max_new_tokens must be 1 to {most}, not {max_new_tokens}")
         eos = jnp.asarray(self.eos, jnp.int32)
         encoded = [self.encode_prompt(prompt, room) for prompt in prompts]
         texts: list[str] = []
@@ -590,16 +608,17 @@ class Adapter:
         return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
 
     def state(self) -> Tree:
-        """What fine-tuning changes: the LoRA weights, and the optimizer's leaves under their number, for any checkpointer."""
+        """What fine-tuning changes: LoRA weights and the optimizer's numbered leaves, for any checkpointer."""
         leaves = jax.tree.leaves(self.optimizer)
         return {"lora": dict(self.lora["lora"]), "optimizer": {f"{i:03d}": leaf for i, leaf in enumerate(leaves)}}
 
     def load_state(self, tree: Tree) -> None:
         """Takes what `state` gave. ValueError if it comes from another model or LoRA rank."""
         own = self.state()
-        same = jax.tree.structure(own) == jax.tree.structure(tree)
-        if not same or any(jnp.shape(a) != jnp.shape(b) for a, b in zip(*map(jax.tree.leaves, (own, tree)), strict=True)):
-            raise ValueError("the checkpoint's LoRA weights do not fit --adapter: resume with the model that the run began with")
+        if jax.tree.structure(own) != jax.tree.structure(tree) or (
+            list(map(jnp.shape, jax.tree.leaves(own))) != list(map(jnp.shape, jax.tree.leaves(tree)))
+        ):
+            raise ValueError("--adapter: the checkpoint's LoRA weights do not fit; give the run's own model")
         tree = jax.tree.map(lambda mine, new: jnp.asarray(new, mine.dtype), own, tree)
         self.lora = {"lora": tree["lora"]}
         leaves = [tree["optimizer"][name] for name in sorted(tree["optimizer"])]
@@ -658,7 +677,7 @@ GOOD, POOR = 0.6, 0.35  # comprehension scores from which advice counts as under
 # Sentences. {last}: a sub-goal advised last, in a form that is not the sub-goal's own name, lest it read as advice.
 UNDERSTOOD = {
     "good": ("Advice on {last} was followed well.", "The player understood {last} well.", "It did well at {last}."),
-    "fair": ("Advice on {last} was partly followed.", "The player partly understood {last}.", "It did fairly at {last}."),
+    "fair": ("Advice on {last} was partly followed.", "The player half understood {last}.", "It did fairly at {last}."),
     "poor": ("Advice on {last} was not followed.", "The player did not understand {last}.", "It did badly at {last}."),
     "unknown": ("How well {last} went is unknown.", "Advice on {last} has no score yet.", "No score for {last} yet."),
 }
@@ -672,7 +691,7 @@ LACKED = ("wood", "stone", "coal", "iron", "sapling", "wood pickaxe", "stone pic
 
 
 def read_caption(caption: str) -> dict[str, Any]:
-    """What a caption of envs.captions says: sights {name: where}, held {item: count, 1 for tools}, vitals {name: n}, ..."""
+    """What a caption says: sights {name: where}, held {item: count, 1 for tools}, vitals {name: n}, ..."""
     parts = dict(re.findall(r"^(You see|Facing|Inventory|Vitals|Unlocked)[^:]*: (.*)\.$", caption, re.M))
     held = {}
     for item in parts.get("Inventory", "nothing").split(", "):
@@ -701,7 +720,7 @@ def possible_sub_goals(caption: str) -> list[str]:
 def true_statements(caption: str) -> tuple[list[str], list[str]]:
     """Sentences that hold according to the caption: (the pressing ones, all others)."""
     scene = read_caption(caption)
-    pressing = [f"{name.capitalize()} is low at {n}." for name, n in scene["vitals"].items() if n <= LOW]
+    pressing = [f"It is down to {name} {n}." for name, n in scene["vitals"].items() if n <= LOW]
     where = scene["sights"].get("zombie")
     if where and sum(int(n) for n in re.findall(r"\d+", where)) <= NEAR:
         pressing.append(f"A zombie is near ({where}).")
@@ -717,8 +736,16 @@ def true_statements(caption: str) -> tuple[list[str], list[str]]:
     return pressing, others + [f"It has no {name}." for name in lacked[:2]]
 
 
-def write_analysis(rng: np.random.Generator, caption: str, sub_goals: Sequence[int], comprehension: float | None) -> str:
-    """The teacher: how the last advice was understood, a fact or two that the caption states, a sub-goal or two at random.
+def gerund(goal: str) -> str:
+    """A basic sub-goal as a noun: "drink water" -> "drinking water"."""
+    verb, _, thing = goal.partition(" ")
+    return f"{GERUNDS[verb]} {thing}".strip()
+
+
+def write_analysis(
+    rng: np.random.Generator, caption: str, sub_goals: Sequence[int], comprehension: float | None
+) -> str:
+    """The teacher: how the last advice was understood, a fact or two of the caption, a sub-goal or two at random.
 
     Names literally only sub-goals whose things the caption mentions, and prefers none of them.
     """
@@ -726,11 +753,10 @@ def write_analysis(rng: np.random.Generator, caption: str, sub_goals: Sequence[i
     if comprehension is not None:
         kind = "good" if comprehension >= GOOD else "poor" if comprehension <= POOR else "fair"
     basic = [goal for goal in (SUB_GOALS[i] for i in sub_goals) if goal in NEEDS]
+    last = "the plan"  # composite sub-goals only
     if basic:
-        verb, _, thing = basic[rng.integers(len(basic))].partition(" ")
-        sentences = [str(rng.choice(UNDERSTOOD[kind])).format(last=f"{GERUNDS[verb]} {thing}".strip())]
-    else:
-        sentences = [str(rng.choice(UNDERSTOOD[kind])).format(last="the plan") if sub_goals else str(rng.choice(NO_ADVICE))]
+        last = gerund(basic[rng.integers(len(basic))])
+    sentences = [str(rng.choice(UNDERSTOOD[kind] if sub_goals else NO_ADVICE)).format(last=last)]
     pressing, others = true_statements(caption)
     facts = [str(rng.choice(pressing))] if pressing else []
     if others and (not facts or rng.random() < 0.5):
@@ -750,8 +776,8 @@ TINY = LmConfig(
 END, PAD, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
 # The system prompt is left out: this model knows but one task, and would only pay for reading it.
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}" + USER + "{{ m['content'] }}{% elif m['role'] == 'assistant' %}"
-    + ASSISTANT + "{{ m['content'] }}" + END + "{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}" + USER + "{{ m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}" + ASSISTANT + "{{ m['content'] }}" + END + "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
 )  # fmt: skip
 PRETRAIN_STEPS = 500
@@ -766,13 +792,19 @@ def default_adapter_folder() -> Path:
     return Path(os.environ.get("RLADAPTER_CACHE") or "~/.cache/rladapter").expanduser() / DEFAULT_NAME
 
 
-# What always reads the same is a token each: three times shorter prompts. Sub-goals begin with the space before them.
-PHRASES = (
-    "You see:", ".\nFacing:", ".\nInventory:", ".\nVitals (of 9): health", ", food", ", drink", ", energy",
-    ".\nIt is day. The player is awake.", ".\nIt is dark. The player is awake.", "\nUnlocked:", "\nPrevious sub-goals:",
-    ".\nComprehension score: 0.", f".\n{UNKNOWN_SCORE}", f"\n{INSTRUCTION}", *(f" {goal}" for goal in SUB_GOALS),
-    *(f" {name.replace('_', ' ')}" for name in ACHIEVEMENTS),
-)  # fmt: skip
+def phrases() -> list[str]:
+    """What always reads the same is a token each, so that prompts are short, and a name is one thing to look up.
+
+    With the space in front of it. "tree (" and "drink" are followed at once by what the model has to copy.
+    """
+    fixed = [
+        "You see:", ".\nFacing:", ".\nInventory:", ".\nVitals (of 9):", ".\nIt is day. The player is awake.",
+        ".\nIt is dark. The player is awake.", "\nUnlocked:", "\nPrevious sub-goals:", ".\nComprehension score: 0.",
+        f".\n{UNKNOWN_SCORE}", f"\n{INSTRUCTION}",
+    ]  # fmt: skip
+    names = [*SUB_GOALS, *(name.replace("_", " ") for name in ACHIEVEMENTS), *map(gerund, BASIC_SUB_GOALS)]
+    names += [f"{sight} (" for sight in SIGHTS] + [*VITALS, *INVENTORY]
+    return list(dict.fromkeys(fixed + [f" {name}" for name in names]))
 
 
 def train_tokenizer(texts: Sequence[str]) -> Any:
@@ -786,15 +818,15 @@ def train_tokenizer(texts: Sequence[str]) -> Any:
         [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    phrases = list(dict.fromkeys(PHRASES))
+    literal = phrases()
     trainer = trainers.BpeTrainer(
-        vocab_size=TINY.vocab_size - len(phrases),
+        vocab_size=TINY.vocab_size - len(literal),
         special_tokens=[PAD, END, USER, ASSISTANT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in literal])
     fast = import_transformers().PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
     fast.chat_template = CHAT_TEMPLATE
     fast.model_max_length = TINY.max_positions
@@ -829,7 +861,7 @@ def train_default_adapter(
     captions: Sequence[str], folder: Path, seed: int = 0, progress: Callable[[int, int, float], None] | None = None,
     steps: int = PRETRAIN_STEPS,
 ) -> None:  # fmt: skip
-    """Trains the default model on made-up analyses of these captions and writes `folder`, which appears whole or not at all.
+    """Trains the default model on made-up analyses of these captions and writes `folder`, all of it or nothing.
 
     2,000 to 5,000 captions of real situations make a model that is mostly true to what it reads. The same captions and
     seed give the same model on the same machine. `progress` gets (step, steps, loss) every few steps. A folder that is
@@ -863,7 +895,7 @@ def train_default_adapter(
 
 
 def write_folder(folder: Path, config: LmConfig, params: Tree, tokenizer: Any) -> None:
-    """A Hugging Face model folder, written beside its place and renamed. If another process was first, its folder stays."""
+    """A Hugging Face model folder, written beside its place, then renamed. If another process was first, its stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:

@@ -156,7 +156,12 @@ class Args:
 
     @property
     def num_phases(self) -> int:
-        return -(-self.num_updates // self.updates_per_phase)
+        return 1 + -(-(self.num_updates - 1) // self.updates_per_phase)
+
+    def updates_in_phase(self, phase: int) -> int:
+        """The first phase is one update: before it there is little to ask about."""
+        first = 1 + (phase - 1) * self.updates_per_phase
+        return 1 if phase == 0 else min(self.updates_per_phase, self.num_updates - first)
 
     @property
     def bonus(self) -> float:
@@ -508,8 +513,16 @@ def comprehension_scores(args: Args, records: Records) -> np.ndarray:
         said = records.goals @ embedding.encode(list(SUB_GOALS))
         norm = np.linalg.norm(did, axis=-1) * np.linalg.norm(said, axis=-1)
         cosine = (did * said).sum(-1) / np.maximum(norm, 1e-9)
-        score = 1 / (1 + np.exp(-10 * (cosine - 0.1)))  # the reference's sigmoid
+        score = reference_score(cosine)
+        if args.comprehension == "cosine":  # nothing was reached in the other visits: their cosine is 0
+            share = np.clip(records.successes / np.maximum(records.visits, 1e-9), 0, 1)
+            score = share * score + (1 - share) * reference_score(0.0)
     return np.where(tried, np.clip(score, 0, 1), np.nan)
+
+
+def reference_score(cosine: Any) -> Any:
+    """The reference's comprehension score of a cosine."""
+    return 1 / (1 + np.exp(-10 * (cosine - 0.1)))
 
 
 def action_names(num_actions: int) -> list[str]:
@@ -571,7 +584,8 @@ def store_guidance(records: Records, query: Query, guidance: Any, prompt: str, a
     """Write one usable answer into its row and candidate."""
     row, candidate = query.row, query.candidate
     care = np.zeros(len(FACTS), bool)
-    care[[index for index, _ in guidance.because] or slice(None)] = True  # no reasons given: all facts are
+    # A reason that is not so in this situation was misread and counts for nothing; with no reason left, all facts do.
+    care[[index for index, truth in guidance.because if query.facts[index] == truth] or slice(None)] = True
     care[list(ALWAYS_CARED)] = True
     if candidate == 0:
         for name in records.arrays:
@@ -1085,10 +1099,11 @@ def train(args: Args, folder: Path, resume: bool, progress: Any) -> dict[str, An
         queries = select_queries(args, records, samples, np.asarray(env_facts(samples))) if args.guidance == "full" else []
         answers, asked = refine_guidance(args, env, phase, records, queries, adapter, llm, embedding, key_phase)
         log.append("guidance.jsonl", [{"global_step": counters["global_step"]} | answer for answer in answers])
-        num_updates = min(args.updates_per_phase, args.num_updates - phase * args.updates_per_phase)
+        num_updates = args.updates_in_phase(phase)
         train_start = time.perf_counter()
         runner, sums, outcomes, samples = jax.block_until_ready(compiled(runner, records.table(), jnp.int32(num_updates)))
-        train_seconds, samples = time.perf_counter() - train_start, np.asarray(samples)
+        train_seconds = time.perf_counter() - train_start
+        samples = np.resize(np.asarray(samples)[: num_updates * SAMPLES_PER_UPDATE], samples.shape)
         records.add_outcomes(outcomes)
         scores = comprehension_scores(args, records)
         tuned = {}

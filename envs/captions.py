@@ -113,9 +113,10 @@ def _cells(mask: np.ndarray) -> np.ndarray:
 
 
 def _direction(where: np.ndarray) -> str:
-    """ "2 north, 1 east" of the nearest cell in the mask; the first in reading order where several are as near."""
+    """ "2 north, 1 east" of the nearest cell in the mask; of several as near the one within reach, then in reading order."""
     cells = np.flatnonzero(where)
-    dy, dx = _OFFSETS[cells[np.argmin(_DISTANCE[cells])]]
+    nearness = _DISTANCE[cells] * 10 + np.abs(_OFFSETS[cells]).max(1)
+    dy, dx = _OFFSETS[cells[np.argmin(nearness)]]
     parts = [f"{abs(dy)} {'north' if dy < 0 else 'south'}"] if dy else []
     parts += [f"{abs(dx)} {'west' if dx < 0 else 'east'}"] if dx else []
     return ", ".join(parts) or "here"

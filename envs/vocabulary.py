@@ -160,13 +160,11 @@ def sub_goal_index(text: str) -> int | None:
 def fact_index(text: str) -> tuple[int, bool] | None:
     """(index into FACTS, truth) of a fact in anybody's words, "not " or "no " in front of a false one; else None."""
     form = re.sub(r"\s*(>=|=>)\s*", " >= ", text[:200].lower().replace("≥", ">="))
-    form = normalise(form)
     truth = True
-    for negation in ("not ", "no "):
-        if form.startswith(negation):
-            form, truth = form[len(negation) :], False
-            break
-    index = _FACT_NAMES.get(form)
+    for negated, positive in ((r"^\s*(?:not|no)\s+", ""), (r"\bnot\s+", ""), (r"\s<\s*(?=\d)", " >= ")):
+        form, changed = re.subn(negated, positive, form)
+        truth ^= changed % 2 == 1
+    index = _FACT_NAMES.get(normalise(form))
     return None if index is None else (index, truth)
 
 

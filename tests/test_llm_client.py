@@ -360,9 +360,10 @@ def server(one_server: HTTPServer):
 
 
 @pytest.fixture(autouse=True)
-def no_key(monkeypatch: pytest.MonkeyPatch):
+def bare_environment(monkeypatch: pytest.MonkeyPatch):
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # a proxy must not stand between us and this machine
 
 
 def guide(server: HTTPServer, **settings: float) -> HttpGuide:

@@ -1,0 +1,390 @@
+"""Craftax as we wrap it: pool, resets, observations, facts, captions, detectors; the toy game; the score."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from craftax.craftax_classic.constants import Action, BlockType
+from craftax.craftax_classic.envs.craftax_state import EnvParams, Mobs
+from craftax.craftax_classic.game_logic import craftax_step
+from craftax.craftax_classic.renderer import render_craftax_symbolic
+from craftax.craftax_env import make_craftax_env_from_name
+
+import llm_client
+from envs import captions, goals, make_env
+from envs.craftax import CraftaxEnv
+from envs.scores import crafter_score
+from envs.toy import EPISODE_LENGTH, ToyEnv
+from envs.vocabulary import ACHIEVEMENTS, BASIC_SUB_GOALS, FACTS, LOW
+
+N = 4
+SHORT = CraftaxEnv(pool_size=8, params=EnvParams(max_timesteps=6))
+STEP = jax.jit(lambda key, state, action: SHORT.step(key, state, action))
+REFILL = jax.jit(SHORT.refill)
+
+
+@pytest.fixture(scope="module")
+def start():
+    return jax.jit(SHORT.reset, static_argnums=1)(jax.random.key(0), N)
+
+
+@pytest.fixture(scope="module")
+def world(start):
+    """One fresh game."""
+    return jax.tree.map(lambda x: x[0], start.envs)
+
+
+def walk(state, steps, seed=0, refill_every=0):
+    """Random actions; the states, rewards, dones and infos of every step."""
+    out = []
+    for t, key in enumerate(jax.random.split(jax.random.key(seed), steps)):
+        key_action, key_step = jax.random.split(key)
+        action = jax.random.randint(key_action, (N,), 0, 17)
+        new, reward, done, info = STEP(key_step, state, action)
+        out.append((key_step, state, action, new, reward, done, info))
+        state = new
+        if refill_every and (t + 1) % refill_every == 0:
+            state = REFILL(jax.random.fold_in(key, 7), state)
+    return state, out
+
+
+def hand_out(state, times):
+    """End every episode `times` times; the maps that the envs got."""
+    maps = []
+    for t in range(times):
+        old = dataclasses.replace(state, envs=state.envs.replace(player_health=jnp.zeros_like(state.envs.player_health)))
+        state = STEP(jax.random.key(t), old, jnp.zeros(N, jnp.int32))[0]
+        maps.append(np.asarray(state.envs.map))
+    return state, np.concatenate(maps)
+
+
+def unique_maps(maps):
+    return len({m.tobytes() for m in np.asarray(maps)})
+
+
+def test_each_world_of_the_pool_is_handed_out_once_while_it_lasts(start):
+    state, maps = hand_out(start, 2)  # 8 episodes, 8 worlds
+    assert unique_maps(maps) == 8
+    assert {m.tobytes() for m in maps} == {m.tobytes() for m in np.asarray(start.pool.worlds.map)}
+    assert int(state.pool.used) == 8 and int(state.pool.reused) == 0
+
+
+def test_an_empty_pool_reuses_worlds_and_counts_it(start):
+    state, maps = hand_out(start, 3)  # 12 episodes, 8 worlds
+    assert unique_maps(maps) == 8
+    assert int(state.pool.reused) == 4
+    np.testing.assert_array_equal(maps[8:], maps[:4])
+
+
+def test_unused_worlds_carry_over_a_refill(start):
+    state, used = hand_out(start, 1)
+    env = CraftaxEnv(pool_size=16)
+    big = jax.jit(env.reset, static_argnums=1)(jax.random.key(3), N)
+    big = dataclasses.replace(big, pool=dataclasses.replace(big.pool, used=jnp.int32(5)))
+    refilled = jax.jit(env.refill)(jax.random.key(4), big)
+    old, new = np.asarray(big.pool.worlds.map), np.asarray(refilled.pool.worlds.map)
+    replaced = [i for i in range(16) if old[i].tobytes() != new[i].tobytes()]
+    assert replaced == list(range(8))  # 5 used ones, rounded up to a chunk of 8
+    assert int(refilled.pool.used) == 0 and unique_maps(new) == 16
+    after = REFILL(jax.random.key(5), state)
+    assert not {m.tobytes() for m in used} & {m.tobytes() for m in np.asarray(after.pool.worlds.map)}
+
+
+def test_no_env_ever_mixes_two_worlds(start):
+    """A new episode's state is one world of the pool in every array, also where neighbours go on."""
+    uneven = start.envs.replace(timestep=jnp.arange(N, dtype=jnp.int32))  # episodes end one after the other
+    state, steps = walk(dataclasses.replace(start, envs=uneven), 6)
+    begun = 0
+    for _, before, _, after, _, done, _ in steps:
+        for i in np.flatnonzero(done):
+            begun += 1
+            index = int(before.pool.used) + int(np.asarray(done)[:i].sum())
+            expected = jax.tree.map(lambda x, j=index: np.asarray(raw(x)[j]), before.pool.worlds)
+            got = jax.tree.map(lambda x, j=i: np.asarray(raw(x)[j]), after.envs)
+            jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert begun == N
+
+
+def raw(x):
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+def test_done_and_reward_are_those_of_craftax_with_its_own_auto_reset(start):
+    theirs = make_craftax_env_from_name("Craftax-Classic-Symbolic-v1", auto_reset=True)
+    step_env = jax.jit(jax.vmap(theirs.step_env, in_axes=(0, 0, 0, None)))
+    _, steps = walk(start, 14, refill_every=5)
+    ended = 0
+    for key, before, action, after, reward, done, _ in steps:
+        _, expected, their_reward, their_done, _ = step_env(jax.random.split(key, N), before.envs, action, SHORT.params)
+        np.testing.assert_array_equal(reward, their_reward)
+        np.testing.assert_array_equal(done, their_done)
+        going_on = ~np.asarray(done)
+        np.testing.assert_array_equal(np.asarray(after.envs.map)[going_on], np.asarray(expected.map)[going_on])
+        assert (np.asarray(after.envs.timestep)[np.asarray(done)] == 0).all()
+        ended += int(done.sum())
+    assert ended == 2 * N
+
+
+def test_reset_has_no_weak_types(start):
+    """craftax's has, which once compiled every phase twice."""
+    assert not [x for x in jax.tree.leaves(start) if getattr(x, "weak_type", False)]
+    after = jax.eval_shape(SHORT.step, jax.random.key(0), start, jnp.zeros(N, jnp.int32))[0]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), start) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
+
+
+# ---------------------------------------------------------------------------------------------- observations and facts
+
+
+@pytest.fixture(scope="module")
+def situations():
+    return np.asarray(CraftaxEnv(pool_size=8).random_observations(jax.random.key(1), 400))
+
+
+def test_features_are_craftax_symbolic_observation(start):
+    state, _ = walk(start, 40)
+    envs = CraftaxEnv()
+    ours = np.asarray(envs.features(envs.observe(state)))
+    theirs = np.asarray(jax.vmap(render_craftax_symbolic)(state.envs), np.float32)
+    assert ours.shape == theirs.shape == (N, 1345)
+    ours_grid, theirs_grid = ours[:, :1323].reshape(N, 63, 21), theirs[:, :1323].reshape(N, 63, 21)
+    np.testing.assert_array_equal(ours_grid[..., :17], theirs_grid[..., :17])
+    assert (ours_grid[..., 17:] >= theirs_grid[..., 17:]).all()  # theirs can lose a mob (Craftax issue 57)
+    np.testing.assert_allclose(ours[:, 1323:], theirs[:, 1323:], atol=1 / 255)
+
+
+def test_a_mob_out_of_view_does_not_hide_one_in_view(world):
+    """Craftax issue 57: an index that wraps around. Facts must not inherit it."""
+    position = world.player_position + jnp.array([[2, 4], [-4, -5], [0, 9]])  # in view; out, wraps onto it; out
+    zombies = Mobs(position, jnp.full(3, 5), jnp.array([True, True, True]), jnp.zeros(3, jnp.int32))
+    obs = observe(world.replace(zombies=zombies))
+    assert facts_by_name(obs)["zombie in view"]
+
+
+def observe(state):
+    from envs.craftax import _observe
+
+    return np.asarray(_observe(state))
+
+
+def facts_by_name(obs):
+    return dict(zip(FACTS, np.asarray(captions.facts(jnp.asarray(obs))).tolist(), strict=True))
+
+
+def test_facts_against_a_loop_over_cells(situations):
+    ours = np.asarray(captions.facts(jnp.asarray(situations)))
+    names = {"tree": 5, "water": 3, "stone": 4, "coal": 8, "iron": 9, "diamond": 10, "crafting table": 11, "furnace": 12,
+             "plant": 15, "ripe plant": 16, "lava": 14}  # fmt: skip
+    mobs = {"zombie": 1, "cow": 2, "skeleton": 4, "arrow": 8}
+    items = "wood stone coal iron diamond sapling".split()
+    for obs, row in zip(situations.astype(int), ours, strict=True):
+        expected = {f"unlocked {name.replace('_', ' ')}": bool(obs[145 + i]) for i, name in enumerate(ACHIEVEMENTS)}
+        for name in FACTS:
+            if ">=" in name:
+                item, least = name.split(" >= ")
+                expected[name] = obs[126 + items.index(item)] >= int(least)
+            elif name.endswith(" low"):
+                expected[name] = obs[138 + "health food drink energy".split().index(name[:-4])] <= LOW
+            elif name.endswith(" in view"):
+                thing = name[:-8]
+                cells = obs[:63] == names[thing] if thing in names else (obs[63:126] & mobs[thing]) > 0
+                expected[name] = any(cells)
+        near = reach_table = reach_furnace = False
+        closed = []
+        for y in range(7):
+            for x in range(9):
+                dy, dx, block, mob = abs(y - 3), abs(x - 4), obs[y * 9 + x], obs[63 + y * 9 + x]
+                near |= bool(mob & 1) and dy + dx <= 3
+                reach_table |= block == 11 and max(dy, dx) <= 1
+                reach_furnace |= block == 12 and max(dy, dx) <= 1
+                if dy + dx == 1:
+                    closed.append(block not in (2, 6, 7, 13))  # grass, wood, path, sand can be walked on
+        expected |= {"zombie near": near, "table in reach": reach_table, "furnace in reach": reach_furnace,
+                     "energy full": obs[141] == 9, "dark": obs[143] < 128, "asleep": obs[144] == 1,
+                     "enclosed": all(closed)}  # fmt: skip
+        assert dict(zip(FACTS, row.tolist(), strict=True)) == expected
+
+
+def test_the_guide_reads_the_same_facts_from_the_caption(situations):
+    """The rules guide sees text only: what it reads there must be what the device looks up."""
+    ours = np.asarray(captions.facts(jnp.asarray(situations)))
+    for obs, row in zip(situations, ours, strict=True):
+        read = llm_client.facts_of(llm_client.read_caption(captions.to_text(obs)))
+        assert read == dict(zip(FACTS, row.tolist(), strict=True)), captions.to_text(obs)
+
+
+def test_golden_captions():
+    obs = np.zeros(167, np.uint8)
+    obs[captions.BLOCKS] = BlockType.GRASS.value
+    obs[captions.VITALS_SLICE] = 9
+    obs[captions.LIGHT], obs[captions.DIRECTION] = 255, 2
+    assert captions.to_text(obs) == "\n".join([
+        "You see: nothing special.", "Facing: grass.", "Inventory: nothing.",
+        "Vitals (of 9): health 9, food 9, drink 9, energy 9.", "It is day. The player is awake.", "Unlocked: nothing.",
+    ])  # fmt: skip
+    obs[1 * 9 + 4], obs[4 * 9 + 1], obs[0] = BlockType.TREE.value, BlockType.WATER.value, BlockType.TREE.value
+    obs[63 + 2 * 9 + 4] = 1
+    obs[126], obs[131], obs[132] = 3, 1, 1
+    obs[captions.VITALS_SLICE] = [9, 7, 3, 8]
+    obs[captions.LIGHT], obs[captions.ASLEEP] = 20, 1
+    obs[145] = obs[150] = 1
+    for cell in (3 * 9 + 3, 3 * 9 + 5, 2 * 9 + 4, 4 * 9 + 4):
+        obs[cell] = BlockType.STONE.value
+    assert captions.to_text(obs) == "\n".join([
+        "You see: tree (2 north), water (1 south, 3 west), stone (1 north), zombie (1 north).",
+        "Facing: zombie.", "Inventory: 3 wood, 1 sapling, wood pickaxe.",
+        "Vitals (of 9): health 9, food 7, drink 3, energy 8.",
+        "It is dark. The player is asleep. The player is enclosed.",
+        "Unlocked: collect wood, make wood pickaxe.",
+    ])  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ detectors
+
+
+@pytest.fixture(scope="module")
+def play():
+    """(state, action) -> names of the sub-goals reached, worked; the state after."""
+
+    @jax.jit
+    def step(state, action):
+        after, _ = craftax_step(jax.random.key(0), state, action, SHORT.params, SHORT.static_params)
+        return *goals.detect(state, action, after), after
+
+    def run(state, action):
+        reached, worked, after = step(state, jnp.int32(action.value))
+        return *({BASIC_SUB_GOALS[i] for i in np.flatnonzero(x)} for x in (reached, worked)), after
+
+    return run
+
+
+def facing(state, block, **changes):
+    """The player looks up at this block."""
+    y, x = state.player_position + jnp.array([-1, 0])
+    inventory = state.inventory.replace(**changes)
+    return state.replace(
+        map=state.map.at[y, x].set(block.value), player_direction=jnp.int32(Action.UP.value), inventory=inventory
+    )
+
+
+@pytest.mark.parametrize(
+    ("goal", "block", "action", "has"),
+    [
+        ("chop tree", BlockType.TREE, Action.DO, {}),
+        ("mine stone", BlockType.STONE, Action.DO, {"wood_pickaxe": 1}),
+        ("mine coal", BlockType.COAL, Action.DO, {"wood_pickaxe": 1}),
+        ("mine iron", BlockType.IRON, Action.DO, {"stone_pickaxe": 1}),
+        ("mine diamond", BlockType.DIAMOND, Action.DO, {"iron_pickaxe": 1}),
+        ("place stone", BlockType.GRASS, Action.PLACE_STONE, {"stone": 1}),
+        ("place crafting table", BlockType.GRASS, Action.PLACE_TABLE, {"wood": 2}),
+        ("place furnace", BlockType.GRASS, Action.PLACE_FURNACE, {"stone": 1}),
+        ("place plant", BlockType.GRASS, Action.PLACE_PLANT, {"sapling": 1}),
+        ("make wood pickaxe", BlockType.CRAFTING_TABLE, Action.MAKE_WOOD_PICKAXE, {"wood": 1}),
+        ("make wood sword", BlockType.CRAFTING_TABLE, Action.MAKE_WOOD_SWORD, {"wood": 1}),
+        ("make stone pickaxe", BlockType.CRAFTING_TABLE, Action.MAKE_STONE_PICKAXE, {"wood": 1, "stone": 1}),
+        ("make stone sword", BlockType.CRAFTING_TABLE, Action.MAKE_STONE_SWORD, {"wood": 1, "stone": 1}),
+    ],
+)
+def test_a_sub_goal_is_detected_when_it_happens_and_only_then(world, play, goal, block, action, has):
+    reached, worked, _ = play(facing(world, block, **has), action)
+    assert reached == worked == {goal}
+    assert play(facing(world, block, **has), Action.NOOP)[0] == set()
+    without = {name: 0 for name in has}
+    if without:
+        assert play(facing(world, block, **without), action)[0] == set()
+
+
+def test_iron_tools_need_table_and_furnace(world, play):
+    has = {"wood": 2, "stone": 2, "coal": 2, "iron": 2}
+    state = facing(world, BlockType.CRAFTING_TABLE, **has)
+    assert play(state, Action.MAKE_IRON_PICKAXE)[0] == set()
+    y, x = state.player_position + jnp.array([-1, 1])
+    state = state.replace(map=state.map.at[y, x].set(BlockType.FURNACE.value))
+    assert play(state, Action.MAKE_IRON_PICKAXE)[0] == {"make iron pickaxe"}
+    assert play(state, Action.MAKE_IRON_SWORD)[0] == {"make iron sword"}
+
+
+def test_eating_a_ripe_plant(world, play):
+    assert play(facing(world, BlockType.RIPE_PLANT), Action.DO)[0] == {"eat plant"}
+    assert play(facing(world, BlockType.PLANT), Action.DO)[0] == set()
+
+
+def test_drinking_counts_when_thirsty_or_for_the_first_time(world, play):
+    state = facing(world, BlockType.WATER)
+    assert play(state, Action.DO)[0] == {"drink water"}  # unlocks
+    known = state.replace(achievements=state.achievements.at[ACHIEVEMENTS.index("collect_drink")].set(True))
+    assert play(known, Action.DO)[0] == set()  # full: a bonus here could be had for nothing
+    assert play(known.replace(player_drink=jnp.int32(5)), Action.DO)[0] == {"drink water"}
+
+
+@pytest.mark.parametrize(("goal", "kind"), [("attack cow", "cows"), ("attack zombie", "zombies"), ("attack skeleton", "skeletons")])
+def test_every_hit_is_work_and_the_last_one_reaches(world, play, goal, kind):
+    mobs = getattr(world, kind)
+    one = jnp.arange(mobs.mask.shape[0]) == 0
+    target = world.player_position + jnp.array([-1, 0])
+    position = jnp.where(one[:, None], target, mobs.position)
+
+    def with_health(health):
+        alive = mobs.replace(position=position, mask=one, health=jnp.where(one, health, mobs.health))
+        return facing(world, BlockType.GRASS).replace(**{kind: alive}, mob_map=world.mob_map.at[target[0], target[1]].set(True))
+
+    assert play(with_health(3), Action.DO)[:2] == (set(), {goal})
+    assert play(with_health(1), Action.DO)[:2] == ({goal}, {goal})
+    assert play(with_health(1), Action.UP)[:2] == (set(), set())
+
+
+def test_sleep_is_reached_on_waking_and_worked_towards_by_rest(world, play):
+    asleep = world.replace(is_sleeping=jnp.asarray(True), player_energy=jnp.int32(5), player_fatigue=jnp.float32(-10.0))
+    reached, worked, after = play(asleep, Action.NOOP)
+    assert (reached, worked) == (set(), {"sleep"}) and int(after.player_energy) == 6
+    assert play(asleep.replace(player_fatigue=jnp.float32(-3.0)), Action.NOOP)[1] == set()
+    rested = asleep.replace(player_energy=jnp.int32(9))
+    assert play(rested, Action.NOOP)[0] == {"sleep"}
+
+
+def test_a_full_inventory_earns_nothing(world, play):
+    state = facing(world, BlockType.TREE, wood=9)
+    state = state.replace(achievements=jnp.ones_like(state.achievements))
+    assert play(state, Action.DO)[1] == set()
+
+
+def test_every_unlocked_achievement_is_its_sub_goal(start):
+    _, steps = walk(start, 30, seed=2)
+    for _, before, _, _, _, _, info in steps:
+        unlocked = np.asarray(info["achievements"]) & ~np.asarray(before.envs.achievements)
+        assert (np.asarray(info["reached"]) >= unlocked).all()
+        assert (np.asarray(info["worked"]) >= np.asarray(info["reached"])).all()
+
+
+# ------------------------------------------------------------------------------------------------------ toy, score, ids
+
+
+def test_the_toy_pays_for_the_right_action():
+    env = ToyEnv()
+    state = env.reset(jax.random.key(0), 16)
+    total = 0.0
+    for t in range(EPISODE_LENGTH):
+        state, reward, done, info = env.step(jax.random.key(t), state, state.target)
+        total += float(reward.mean())
+        assert (np.asarray(info["reached"]).sum(1) == 1).all()
+        assert bool(done.all()) == (t == EPISODE_LENGTH - 1)
+    assert total == EPISODE_LENGTH
+    read = llm_client.facts_of(llm_client.read_caption(env.to_text(np.array([1, 0]))))
+    assert read["water in view"] and not read["tree in view"]
+
+
+def test_crafter_score():
+    assert crafter_score(np.zeros(22)) == 0
+    assert crafter_score(np.ones(22)) == pytest.approx(100)
+    half = np.array([1.0] * 11 + [0.0] * 11)
+    assert crafter_score(half) == pytest.approx(math.sqrt(101) - 1)
+    for bad in ([], [1.5], [-0.1], [float("nan")]):
+        with pytest.raises(ValueError, match="success rates"):
+            crafter_score(np.array(bad))
+
+
+def test_unknown_env_id():
+    with pytest.raises(ValueError, match="--env-id.*Craftax-Classic-Symbolic-v1"):
+        make_env("Breakout", 4)

@@ -43,10 +43,10 @@ pickaxe and a sword of wood, of stone, of iron; eat a cow, a ripe plant; defeat 
 It dies when its health is used up: zombies, skeletons, hunger, thirst and tiredness take it, and so does lava.
 
 Rules. A table costs 2 wood; a wood pickaxe or sword 1 wood; a stone one 1 wood, 1 stone; an iron one 1 wood, 1 stone,
-1 coal, 1 iron; a furnace 1 stone. Tools and the furnace are made with a table in reach, iron tools with a furnace in
-reach too. There are no planks, sticks or smelting. Stone and coal need a wood pickaxe, iron a stone pickaxe, diamond an
-iron pickaxe. Grass gives a sapling one time in ten; a placed sapling must ripen before it is eaten. Zombies come in the
-dark and while the player sleeps: it sleeps safely when enclosed, for example by stones.
+1 coal, 1 iron; a furnace 1 stone. Tools are made with a table in reach, iron tools with a furnace in reach too. There
+are no planks, sticks or smelting. Stone and coal need a wood pickaxe, iron a stone pickaxe, diamond an iron pickaxe.
+Grass gives a sapling one time in ten; a placed sapling must ripen before it is eaten. Zombies come in the dark and
+while the player sleeps: it sleeps safely when enclosed, for example by stones.
 
 Sub-goals, the only ones that exist: {", ".join(vocab.BASIC_SUB_GOALS)};
 and wider ones: {", ".join(vocab.COMPOSITE_SUB_GOALS)}.
@@ -248,7 +248,7 @@ POSSIBLE: dict[str, tuple[str, ...]] = {
     "mine stone": ("unlocked make wood pickaxe", "stone in view"), "place stone": ("stone >= 1",),
     "eat plant": ("ripe plant in view",), "attack skeleton": ("skeleton in view",),
     "make stone pickaxe": _STONE_TOOL, "make stone sword": _STONE_TOOL, "sleep": ("not energy full",),
-    "place furnace": ("table in reach", "stone >= 1"), "mine coal": ("unlocked make wood pickaxe", "coal in view"),
+    "place furnace": ("stone >= 1",), "mine coal": ("unlocked make wood pickaxe", "coal in view"),
     "mine iron": ("unlocked make stone pickaxe", "iron in view"),
     "mine diamond": ("unlocked make iron pickaxe", "diamond in view"),
     "make iron pickaxe": _IRON_TOOL, "make iron sword": _IRON_TOOL,
@@ -269,8 +269,8 @@ WISE = (
     ("make stone sword", ("not unlocked make stone sword", "stone >= 1", "wood >= 1", _AT_TABLE)),
     ("make wood pickaxe", ("not unlocked make wood pickaxe", "wood >= 1", _AT_TABLE)),
     ("make wood sword", ("not unlocked make wood sword", "wood >= 1", _AT_TABLE)),
-    ("place furnace", ("not unlocked place furnace", "stone >= 1", _AT_TABLE)),
     ("place furnace", ("iron >= 1", "stone >= 1", "not furnace in view", _AT_TABLE)),
+    ("place furnace", ("not unlocked place furnace", "stone >= 1")),
     ("place stone", ("not unlocked place stone", "stone >= 1")),
     ("place plant", ("not unlocked place plant", "sapling >= 1")),
     ("place crafting table", ("not unlocked place table", "wood >= 2")),

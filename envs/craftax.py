@@ -191,13 +191,15 @@ def _random_observations(env: CraftaxEnv, key: jax.Array, n: int) -> jax.Array:
     num_envs = min(n, 64)
     num_steps = -(-n // num_envs)
 
+    def step(state: VectorState, key: jax.Array) -> tuple[VectorState, None]:
+        key_action, key_step = jax.random.split(key)
+        action = jax.random.randint(key_action, (num_envs,), 0, env.num_actions)
+        return env.step(key_step, state, action)[0], None
+
     def walk(state: VectorState, key: jax.Array) -> tuple[VectorState, jax.Array]:
-        keys = jax.random.split(key, 11)
-        for key_step in keys[:10]:  # ten steps apart, so that neighbours in the sample differ
-            key_action, key_step = jax.random.split(key_step)
-            action = jax.random.randint(key_action, (num_envs,), 0, env.num_actions)
-            state = env.step(key_step, state, action)[0]
-        return env.refill(keys[10], state), env.observe(state)
+        key_steps, key_refill = jax.random.split(key)
+        state, _ = jax.lax.scan(step, state, jax.random.split(key_steps, 10))  # so that neighbours in the sample differ
+        return env.refill(key_refill, state), env.observe(state)
 
     _, obs = jax.lax.scan(walk, env.reset(key_reset, num_envs), jax.random.split(key_walk, num_steps))
     obs = obs.reshape(-1, obs.shape[-1])[:n]
@@ -214,8 +216,9 @@ def _enrich(key: jax.Array, obs: jax.Array) -> jax.Array:
     vitals = jax.random.randint(key_vitals, (4,), 1, 10).astype(jnp.uint8)
     rich = obs.at[captions.INVENTORY_SLICE].set(jnp.concatenate([items, tools]))
     rich = rich.at[captions.VITALS_SLICE].set(vitals)
-    cell, kind = jax.random.randint(key_block, (2,), 0, CELLS), jnp.array([11, 12, 8, 9, 10, 16, 3, 5, 4])
-    rich = rich.at[cell[0]].set(kind[cell[1] % 9].astype(jnp.uint8))
+    cell, kind = jax.random.randint(key_block, (2,), 0, CELLS - 1)
+    cell += cell >= CELLS // 2  # anywhere but under the player
+    rich = rich.at[cell].set(jnp.array([11, 12, 8, 9, 10, 16, 3, 5, 4], jnp.uint8)[kind % 9])
     rich = rich.at[captions.LIGHT].set(jax.random.randint(key_light, (), 0, 256).astype(jnp.uint8))
     unlocked = jnp.array([
         items[0] > 0, stage > 0, False, items[5] > 0, False, tools[0], tools[3], False, False, items[1] > 0,

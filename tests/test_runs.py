@@ -1,0 +1,352 @@
+"""Whole runs on the toy game: the folder, resume, ablations, bad input, Ctrl-C. In process, so that jax loads once."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+
+import llm_client
+import rladapter_adapter
+import rladapter_ppo as rl
+import runs
+
+ROOT = Path(__file__).parents[1]
+TOY = "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --updates-per-phase 3 " \
+    "--guidance-rows 8 --queries-per-phase 4 --eval-episodes 16 --adapter none".split()  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLADAPTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(rl, "configure_jax", lambda args: None)  # the tests have a compilation cache of their own
+    monkeypatch.setattr(rl.StopRequest, "__init__", quiet_stop)
+
+
+def quiet_stop(self, console):
+    self.asked, self.console = False, console
+
+
+def run(folder, *more, steps=1500):
+    return rl.main([*TOY, "--total-timesteps", str(steps), "--run-dir", str(folder), *more])
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_leaves_a_complete_folder(tmp_path):
+    assert run(tmp_path / "run") == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    metrics = lines(tmp_path / "run/metrics.jsonl")
+    guidance, outcomes = lines(tmp_path / "run/guidance.jsonl"), lines(tmp_path / "run/outcomes.jsonl")
+    assert summary["global_step"] == 1536 == metrics[-1]["global_step"]  # met to within one update of 128
+    assert summary["eval_episodes"] == 16 and summary["seed"] == 1 and summary["llm"] == "rules"
+    assert 0 <= summary["episodic_return"] <= 8 and set(summary["achievements"]) == {"collect_wood", "collect_drink"}
+    assert summary["SPS"] > 0 and summary["compile_seconds"] > 0
+    assert summary["llm_calls"] == len(guidance) == sum(m["llm/calls"] for m in metrics) > 0
+    assert [m["phase"] for m in metrics] == list(range(5))
+    assert config["flags"]["num_envs"] == 8 and config["versions"]["jax"] and config["device"]
+    assert guidance[0]["sub_goals"] and guidance[0]["messages"][0]["role"] == "system" and not guidance[0]["error"]
+    assert outcomes[-1]["visits"] > 0 and 0 <= outcomes[-1]["comprehension"] <= 1
+    for tag in ("charts/SPS", "losses/policy_loss", "guidance/coverage", "llm/calls", "time/train", "crafter/score"):
+        assert tag in metrics[-1], tag
+    events = b"".join(p.read_bytes() for p in (tmp_path / "run").glob("events.out.*"))
+    assert b"charts/episodic_return" in events
+
+
+def test_guidance_covers_the_toy_and_is_understood(tmp_path):
+    run(tmp_path / "run", "--learning-rate", "5e-3", steps=6000)
+    last = lines(tmp_path / "run/metrics.jsonl")[-1]
+    assert last["guidance/coverage"] == 1.0 and last["guidance/rows"] >= 2
+    assert last["guidance/goal_success"] > 0.6
+    assert json.loads((tmp_path / "run/summary.json").read_text())["episodic_return"] > 5
+
+
+def numbers(folder):
+    """Metrics without what a clock measures."""
+    return [{k: v for k, v in m.items() if "time" not in k and "SPS" not in k and "seconds" not in k} for m in lines(folder / "metrics.jsonl")]
+
+
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run(whole) == 0
+
+    def stop_after_two(self, *values, **more):
+        self.asked_phases = getattr(self, "asked_phases", 0) + 1
+        return original(self, *values, **more)
+
+    original = runs.Log.metrics
+    stops = []
+    monkeypatch.setattr(rl.StopRequest, "__init__", lambda self, console: (quiet_stop(self, console), stops.append(self))[0])
+    monkeypatch.setattr(runs.Log, "metrics", lambda self, record: (original(self, record), setattr(stops[-1], "asked", record["phase"] == 1)))
+    assert run(halves) == 130
+    assert not (halves / "summary.json").exists()
+    (halves / "metrics.jsonl").open("a").write('{"phase": 2, "half a li')  # as a kill leaves it
+    assert rl.main(["--resume", str(halves)]) == 0
+    assert numbers(whole) == numbers(halves)
+    drop = ("wall_seconds", "compile_seconds", "SPS", "eval_seconds", "setup_seconds")
+    a, b = ({k: v for k, v in json.loads((f / "summary.json").read_text()).items() if k not in drop} for f in (whole, halves))
+    assert a == b
+    strip = [{k: v for k, v in g.items() if k != "seconds"} for g in lines(whole / "guidance.jsonl")]
+    assert strip == [{k: v for k, v in g.items() if k != "seconds"} for g in lines(halves / "guidance.jsonl")]
+
+
+def test_a_finished_run_goes_on_with_a_larger_total(tmp_path):
+    assert run(tmp_path / "run") == 0
+    assert rl.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "2e3"]) == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["global_step"] == 2048
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        assert run(tmp_path / name, "--seed", seed, steps=800) == 0
+    a, b, c = (numbers(tmp_path / name) for name in "abc")
+    assert a == b != c
+
+
+ABLATIONS = {
+    "no guidance": "--guidance none",
+    "facts": "--guidance facts",
+    "bonus without guidance": "--guidance none --guidance-bonus 0.1",
+    "pause": "--guidance-lookup pause",
+    "tolerance": "--guidance-tolerance 2",
+    "one candidate": "--candidates 1",
+    "random guide": "--llm random",
+    "no fine-tuning": "--sft-every 0",
+    "binary": "--comprehension binary",
+    "actions": "--comprehension cosine-actions",
+    "success": "--comprehension success",
+    "no score": "--comprehension none",
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_runs_two_phases(tmp_path, name):
+    assert run(tmp_path / "run", *ABLATIONS[name].split(), steps=400) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert np.isfinite(summary["episodic_return"])
+    assert (summary["llm_calls"] > 0) == ("--guidance n" not in ABLATIONS[name] and "facts" not in name)
+
+
+def test_with_an_adapter_it_analyses_and_is_tuned(tmp_path, monkeypatch):
+    """The real path with a tiny random model: analyses reach the messages, winners the fine-tuning."""
+    folder = tmp_path / "model"
+    captions = [rl.make_env("Toy-v0", 1).to_text(np.array([i % 2, 0])) for i in range(4)]
+    rladapter_adapter.train_default_adapter(captions, folder, steps=2)
+    monkeypatch.setattr(rl, "MIN_VISITS", 1)
+    monkeypatch.setattr(rl, "MARGIN", 0.0)
+    flags = ["--adapter", str(folder), "--sft-every", "1"]
+    assert rl.main([*TOY, *flags, "--total-timesteps", "1500", "--run-dir", str(tmp_path / "run")]) == 0
+    assert any("Analysis:" in g["messages"][1]["content"] for g in lines(tmp_path / "run/guidance.jsonl"))
+    tuned = [m for m in lines(tmp_path / "run/metrics.jsonl") if "adapter/nll_after" in m]
+    assert tuned and all(np.isfinite(m["adapter/nll_after"]) for m in tuned)
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+
+
+def error_of(capsys, *argv):
+    """The one line on stderr; exit code 2 is checked."""
+    code = rl.main(list(argv))
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--env-id Breakout-v5", "--env-id.*Breakout-v5.*Craftax-Classic-Symbolic-v1"),
+        ("--num-minibatches 7", "--num-minibatches: 64 envs x 96 steps = 6144"),
+        ("--num-envs -4", "--num-envs: -4"),
+        ("--num-envs 0", "--num-envs: 0"),
+        ("--num-envs 1000000 --num-steps 100000", "--num-envs, --num-steps"),
+        ("--total-timesteps 0", "--total-timesteps: 0"),
+        ("--total-timesteps -1e6", "--total-timesteps: -1000000"),
+        ("--learning-rate nan", "--learning-rate: nan"),
+        ("--gamma 1.5", "--gamma: 1.5"),
+        ("--guidance-bonus -1", "--guidance-bonus: -1"),
+        ("--candidates 0", "--candidates: 0"),
+        ("--guidance-rows 3", "--guidance-rows: 3"),
+        ("--seed -1", "--seed: -1"),
+        ("--adapter /nowhere/model", "--adapter.*/nowhere/model"),
+        ("--llm http --llm-model m --llm-base-url http://127.0.0.1:9/v1", "--llm-base-url"),
+        ("--llm http --llm-model m --llm-base-url https://api.example.com/v1", "OPENAI_API_KEY"),
+        ("--llm http", "--llm-model"),
+    ],
+)
+def test_bad_flags_get_one_line_and_exit_code_2(tmp_path, capsys, flags, expected):
+    env = [] if "--env-id" in flags or "minibatches" in flags or "num-steps" in flags else ["--env-id", "Toy-v0"]
+    error = error_of(capsys, *env, *flags.split(), "--run-dir", str(tmp_path / "run"))
+    assert re.search(expected, error), error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_flags_that_do_not_parse(capsys):
+    for bad in (["--total-timesteps", "many"], ["--total-timesteps", "1.5"], ["--no-such-flag", "1"], ["--llm", "telepathy"]):
+        with pytest.raises(SystemExit) as stop:
+            rl.main(bad)
+        assert stop.value.code == 2
+    capsys.readouterr()
+    assert tyro.cli(rl.Args, args=["--total-timesteps", "1e6"]).total_timesteps == 1_000_000
+    assert tyro.cli(rl.Args, args=["--no-jit"]).jit is False
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    assert "--resume" in error_of(capsys, *TOY, "--run-dir", str(tmp_path / "run"))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_an_unwritable_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "--run-dir" in error_of(capsys, *TOY, "--run-dir", str(tmp_path / "file" / "run"))
+    if os.geteuid():  # root writes everywhere
+        (tmp_path / "locked").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
+        assert "--run-dir" in error_of(capsys, *TOY, "--run-dir", str(tmp_path / "locked" / "run"))
+
+
+def test_resuming_what_is_no_run(tmp_path, capsys):
+    assert "no run folder" in error_of(capsys, "--resume", str(tmp_path))
+    assert "no run folder" in error_of(capsys, "--resume", str(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text("{broken")
+    assert "no run folder" in error_of(capsys, "--resume", str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"flags": {"seed": 1}}))
+    assert "no checkpoint" in error_of(capsys, "--resume", str(tmp_path))
+
+
+def test_resuming_with_other_flags_or_a_damaged_checkpoint(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert run(folder, steps=400) == 0
+    capsys.readouterr()
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert "--num-envs" in error_of(capsys, "--resume", str(folder), "--num-envs", "16")
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    for step in (folder / "checkpoints").iterdir():
+        shutil.rmtree(step / "arrays")
+    code = rl.main(["--resume", str(folder)])
+    assert code == 2 and "no checkpoint" in capsys.readouterr().err
+
+
+def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch, capsys):
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "_append", full)
+    monkeypatch.setattr(runs, "write_summary", runs.write_summary)
+    assert run(tmp_path / "run", steps=400) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("No space left on device") == 1 and '"global_step": 512' in captured.out
+
+
+def test_a_failing_checkpoint_does_not_stop_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs.ocp.CheckpointManager, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
+    assert run(tmp_path / "run", steps=400) == 0
+    assert "can't write a checkpoint" in capsys.readouterr().err
+
+
+def test_half_a_line_is_taken_back_when_the_disk_is_full(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"a": 1}\n')
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def tell(self):
+            return self.file.seek(0, 2)
+
+        def write(self, text):
+            self.file.write(text[:3])
+            self.file.flush()
+            raise OSError(28, "No space left on device")
+
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, mode="r": Full(real(self, mode)))
+    with pytest.raises(OSError, match="No space"):
+        runs._append(path, '{"b": 2}\n')
+    assert path.read_text() == '{"a": 1}\n'
+
+
+def test_a_guide_that_always_fails_does_not_stop_the_training(tmp_path, monkeypatch):
+    class Broken(llm_client.RulesGuide):
+        def complete(self, batch, samples):
+            return [llm_client.Reply(error="503 from the server") for _ in batch]
+
+    monkeypatch.setattr(llm_client, "make_llm", lambda *a, **k: Broken(0))
+    assert run(tmp_path / "run", steps=800) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["llm_failures"] > 0 and summary["llm_calls"] == 0
+
+
+def test_ctrl_c_twice_stops_at_once(monkeypatch):
+    monkeypatch.undo()
+    old = signal.getsignal(signal.SIGINT)
+    try:
+        stop = rl.StopRequest(type("Console", (), {"print": lambda *a: None}))
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.sigtimedwait([], 0.1)
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+# ------------------------------------------------------------------------------------------------------- flags and docs
+
+
+def test_every_flag_is_read():
+    """CleanRL #426: flags that do nothing."""
+    tree = ast.parse((ROOT / "rladapter_ppo.py").read_text())
+    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    fields = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == "Args"][0].body
+    names = [n.target.id for n in fields if isinstance(n, ast.AnnAssign)]
+    assert len(names) > 30 and not [name for name in names if name not in read]
+
+
+def test_every_flag_has_a_docstring():
+    tree = ast.parse((ROOT / "rladapter_ppo.py").read_text())
+    body = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == "Args"][0].body
+    for field, after in zip(body, body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(after, ast.Expr) and isinstance(after.value.value, str), field.target.id
+
+
+def documented_commands():
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "rladapter_ppo.py"]:
+        for line in path.read_text().splitlines():
+            command = re.search(r"python rladapter_ppo\.py[^`|\n]*", line)
+            if command:
+                yield path.name, command.group().split("#")[0].strip()
+
+
+def test_every_documented_command_parses(monkeypatch):
+    commands = list(documented_commands())
+    assert len(commands) >= 10
+    for where, command in commands:
+        argv = [word for word in shlex.split(command)[2:] if word != "..."]
+        try:
+            args = tyro.cli(rl.Args, args=argv)
+        except SystemExit:
+            pytest.fail(f"{where}: {command}")
+        if args.resume is None:
+            rl.check_args(args)

@@ -31,7 +31,7 @@ import numpy as np
 
 import envs.vocabulary as vocab
 
-MAX_SUB_GOALS = 5  # of a reply
+MAX_SUB_GOALS = 6  # of a reply
 MAX_ANALYSIS = 1_000  # characters of the adapter's analysis that are passed on
 MAX_REPLY = 20_000  # characters of a reply that are looked at
 MAX_ERROR = 300  # characters of an error message
@@ -54,13 +54,13 @@ and wider ones: {", ".join(vocab.COMPOSITE_SUB_GOALS)}.
 Facts, the only ones that exist: {", ".join(vocab.FACTS)}.
 
 Reply with one JSON object and nothing else, for example
-{{"sub_goals": ["chop tree", "drink water"], "because": ["tree in view", "not wood >= 4", "water in view"]}}
-sub_goals: at most {MAX_SUB_GOALS} names from the list, the most urgent first, each possible now or soon.
-because: every fact that your answer rests on, with "not " in front of one that is false. Your answer will be used in
-every situation that shares these facts, so leave out what does not matter, and leave out nothing that does."""
+{{"sub_goals": {{"chop tree": ["not wood >= 4"], "make wood pickaxe": ["wood >= 1", "crafting table in view"]}}}}
+It names at most {MAX_SUB_GOALS} sub-goals from the list, the most urgent first, each with the facts that it
+rests on, "not " in front of one that is false. A sub-goal will be advised in every situation that shares its facts, so
+leave out what does not matter to it, and leave out nothing that does."""
 
 REPAIR_PROMPT = """Your reply could not be used: {reason}. Reply with only the JSON object
-{{"sub_goals": [...], "because": [...]}}, with names from the lists."""
+{{"sub_goals": {{name: [facts], ...}}}}, with names from the lists."""
 
 _ESCAPES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?")
 
@@ -83,12 +83,15 @@ def build_messages(caption: str, sub_goals: Sequence[int], analysis: str) -> lis
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": "\n".join(lines)}]
 
 
+Literals = tuple[tuple[int, bool], ...]  # (index into FACTS, truth)
+
+
 @dataclass(frozen=True)
 class Guidance:
     """What a reply says."""
 
     sub_goals: tuple[int, ...]  # indices into SUB_GOALS, most urgent first, 1 to MAX_SUB_GOALS of them
-    because: tuple[tuple[int, bool], ...]  # (index into FACTS, truth) that they rest on; empty means on all facts
+    because: tuple[Literals, ...]  # what each of them rests on; empty means on all facts
 
 
 @dataclass(frozen=True)
@@ -108,18 +111,29 @@ _SEPARATORS = re.compile(r"[\n,;:\[\](){}\"'`*]|\s[-–—]\s")
 _MAX_OBJECTS = 50  # tries at "{": bounds the work on a text full of braces
 
 
-def _read_sub_goals(value: Any) -> tuple[int, ...]:
-    """Indices of at most MAX_SUB_GOALS sub-goals in a (list of) strings, each once; what is none of them is dropped."""
-    found: dict[int, None] = {}
+def _read_sub_goals(value: Any, common: Any = None) -> dict[int, Literals]:
+    """At most MAX_SUB_GOALS sub-goals, each once, with their reasons; what is no sub-goal is dropped.
+
+    Takes {name: reasons}, a (list of) strings, or a list of {"name": ..., "because": ...}; `common` are the reasons of
+    those that come without their own.
+    """
+    found: dict[int, Literals] = {}
     for item in value if isinstance(value, list) else [value]:
-        for piece in _SEPARATORS.split(item) if isinstance(item, str) else ():
-            index = vocab.sub_goal_index(re.sub(r"^[^a-zA-Z]+", "", piece))  # without "1." or "- " in front
-            if index is not None and len(found) < MAX_SUB_GOALS:
-                found[index] = None
-    return tuple(found)
+        if isinstance(item, dict):
+            fields = {re.sub("[^a-z]", "", str(key).lower()): field for key, field in item.items()}
+            name = next((fields[key] for key in ("name", "subgoal", "goal") if key in fields), None)
+            pairs = list(item.items()) if name is None else [(name, fields.get("because", common))]
+        else:
+            pairs = [(item, common)]
+        for names, reasons in pairs:
+            for piece in _SEPARATORS.split(names) if isinstance(names, str) else ():
+                index = vocab.sub_goal_index(re.sub(r"^[^a-zA-Z]+", "", piece))  # without "1." or "- " in front
+                if index is not None and len(found) < MAX_SUB_GOALS:
+                    found.setdefault(index, _read_because(reasons))
+    return found
 
 
-def _read_because(value: Any) -> tuple[tuple[int, bool], ...]:
+def _read_because(value: Any) -> Literals:
     """Facts in a list of strings, one string, or {name: true/false}. Unknown and contradictory ones are dropped."""
     if isinstance(value, dict):
         named = [(name, truth) for name, truth in value.items() if isinstance(truth, bool)]
@@ -159,19 +173,17 @@ def parse_reply(text: str) -> Guidance:
     text = text[:MAX_REPLY].rpartition("</think>")[2].partition("<think>")[0]
     fields = _find_object(text)
     if fields is not None:
-        guidance = Guidance(_read_sub_goals(fields["subgoals"]), _read_because(fields.get("because")))
+        found = _read_sub_goals(fields["subgoals"], fields.get("because"))
     else:  # a list, or JSON that was cut off or is not quite JSON: what follows "because" are facts, not sub-goals
-        guidance = Guidance(_read_sub_goals(re.split(r"[\"']?because[\"']?\s*:", text, maxsplit=1)[0]), ())
-    if not guidance.sub_goals:
+        found = _read_sub_goals(re.split(r"[\"']?because[\"']?\s*:", text, maxsplit=1)[0])
+    if not found:
         raise ValueError(f"no known sub-goal in the reply {clean(text, 80)!r}")
-    return guidance
+    return Guidance(tuple(found), tuple(found.values()))
 
 
-def format_reply(sub_goals: Iterable[int], because: Iterable[tuple[str, bool]]) -> str:
-    """The JSON text that SYSTEM_PROMPT asks for, from indices into SUB_GOALS and (fact name, truth)."""
-    facts = sorted(because, key=lambda literal: vocab.FACT_INDEX[literal[0]])
-    because = [name if truth else f"not {name}" for name, truth in facts]
-    return json.dumps({"sub_goals": [vocab.SUB_GOALS[i] for i in sub_goals], "because": because})
+def format_reply(advice: Iterable[tuple[int, Iterable[str]]]) -> str:
+    """The JSON text that SYSTEM_PROMPT asks for, from indices into SUB_GOALS and their reasons."""
+    return json.dumps({"sub_goals": {vocab.SUB_GOALS[i]: list(reasons) for i, reasons in advice}})
 
 
 @dataclass(frozen=True)
@@ -253,10 +265,10 @@ POSSIBLE: dict[str, tuple[str, ...]] = {
     "mine diamond": ("unlocked make iron pickaxe", "diamond in view"),
     "make iron pickaxe": _IRON_TOOL, "make iron sword": _IRON_TOOL,
 }  # fmt: skip
-# (sub-goal, when it is wise), the most urgent first: a life in danger, what the analysis names (see `advise`), then the
-# next tool, then what it takes, then what earns a first reward. Where a thing need not be in view for its sub-goal to be
-# wise the list does not ask for it: the player sees for itself, and the fewer facts an answer rests on, the more
-# situations it serves.
+# (sub-goal, when it is wise), the most urgent first: a life in danger, what the analysis names (`advise`), the next tool,
+# then what it takes, then what earns a first reward. Where a thing need not be in view for its sub-goal to be
+# wise the list does not ask for it: the player sees for itself, and the fewer facts a piece of advice rests on, the
+# more situations it serves.
 URGENT = (
     ("attack zombie", ("zombie near",)), ("drink water", ("drink low",)), ("attack cow", ("food low",)),
     ("eat plant", ("food low", "ripe plant in view")), ("sleep", ("energy low",)),
@@ -289,29 +301,25 @@ WISE = (
 )  # fmt: skip
 
 
-def advise(facts: dict[str, bool], heeded: list[int]) -> tuple[list[int], set[tuple[str, bool]]]:
-    """Sub-goals for a situation, most urgent first, and the (fact name, truth) that the answer rests on.
+def holds(facts: dict[str, bool], literals: Iterable[str]) -> bool:
+    """Is each of these facts as it is said to be? "not " stands in front of a false one."""
+    return all(facts[text.removeprefix("not ")] != text.startswith("not ") for text in literals)
 
-    A decision list; a sub-goal in `heeded` counts as wise where it is possible now. The literals suffice: every
-    situation that shares them (and `heeded`) gets the same answer. A rule that fires adds all its literals, a rule
-    that does not adds one that fails it, none where a known one does already.
+
+def advise(facts: dict[str, bool], heeded: list[int]) -> list[tuple[int, tuple[str, ...]]]:
+    """Sub-goals for a situation, the most urgent first, each with the facts that it rests on.
+
+    A sub-goal in `heeded` counts as wise where it is possible now and was not reached in this life: advised for ever,
+    some things could be done and undone for a bonus without end. (The first facts are the achievements, in the order of
+    the sub-goals that unlock them.)
     """
-    answer: list[int] = []
-    because: set[tuple[str, bool]] = set()
-    named = tuple((vocab.BASIC_SUB_GOALS[i], POSSIBLE[vocab.BASIC_SUB_GOALS[i]]) for i in heeded)
-    for sub_goal, wise in (*URGENT, *named, *WISE):
-        if len(answer) == MAX_SUB_GOALS:
-            break
-        if vocab.SUB_GOAL_INDEX[sub_goal] in answer:
-            continue
-        literals = [(text.removeprefix("not "), not text.startswith("not ")) for text in wise]
-        failing = [(name, not truth) for name, truth in literals if facts[name] != truth]
-        if not failing:
-            answer.append(vocab.SUB_GOAL_INDEX[sub_goal])
-            because.update(literals)
-        elif because.isdisjoint(failing):
-            because.add(failing[0])
-    return answer, because
+    names = [vocab.BASIC_SUB_GOALS[i] for i in heeded]
+    named = tuple((name, (f"not {vocab.FACTS[i]}", *POSSIBLE[name])) for i, name in zip(heeded, names, strict=True))
+    advice: dict[int, tuple[str, ...]] = {}
+    for sub_goal, reasons in (*URGENT, *named, *WISE):
+        if holds(facts, reasons) and len(advice) < MAX_SUB_GOALS:
+            advice.setdefault(vocab.SUB_GOAL_INDEX[sub_goal], reasons)
+    return list(advice.items())
 
 
 def _generator(seed: int, messages: list[dict[str, str]], sample: int) -> np.random.Generator:
@@ -342,8 +350,7 @@ class OfflineGuide:
 
 
 class RulesGuide(OfflineGuide):
-    """Stands in for an LLM. Sample 0 is the rules' own answer; later ones leave out one sub-goal, never the first:
-    an order changes nothing downstream, and candidates that are all equal would leave A/B nothing to decide."""
+    """Stands in for an LLM: knows Crafter's rules, and heeds the analysis where it names what is possible now."""
 
     name = "rules"
 
@@ -351,20 +358,20 @@ class RulesGuide(OfflineGuide):
         """Raises ValueError where the last message holds no caption."""
         text = messages[-1]["content"]
         analysis = text.partition("\nAnalysis: ")[2]
-        sub_goals, because = advise(facts_of(read_caption(text)), vocab.sub_goals_in_text(analysis))
-        if sample > 0 and len(sub_goals) > 1:
-            sub_goals.pop(int(_generator(self.seed, messages, sample).integers(1, len(sub_goals))))
-        return format_reply(sub_goals, because)
+        return format_reply(advise(facts_of(read_caption(text)), vocab.sub_goals_in_text(analysis)))
 
 
 class RandomGuide(OfflineGuide):
-    """Three random basic sub-goals; names no facts."""
+    """Three random basic sub-goals, each for two random facts of the situation."""
 
     name = "random"
 
     def answer(self, messages: list[dict[str, str]], sample: int) -> str:
-        drawn = _generator(self.seed, messages, sample).choice(vocab.NUM_BASIC, 3, replace=False)
-        return format_reply(drawn.tolist(), ())
+        generator = _generator(self.seed, messages, sample)
+        facts = facts_of(read_caption(messages[-1]["content"]))
+        literals = [name if truth else f"not {name}" for name, truth in facts.items()]
+        drawn = generator.choice(vocab.NUM_BASIC, 3, replace=False).tolist()
+        return format_reply((i, generator.choice(literals, 2, replace=False).tolist()) for i in drawn)
 
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")

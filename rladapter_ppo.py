@@ -39,7 +39,7 @@ import rladapter_adapter
 import runs
 from envs import make_env
 from envs.scores import crafter_score
-from envs.vocabulary import ALWAYS_CARED, BASIC_SUB_GOALS, FACTS, NUM_BASIC, SUB_GOALS, sub_goals_text
+from envs.vocabulary import BASIC_SUB_GOALS, FACTS, NUM_BASIC, SUB_GOALS, sub_goals_in_text
 
 Pytree = Any
 # 1e6 is how people write a budget; tyro's int refuses it
@@ -86,7 +86,7 @@ class Args:
     """the environment: Craftax-Classic-Symbolic-v1 or Toy-v0"""
     total_timesteps: BigInt = 1_000_000
     """env steps of training, met to within one update"""
-    learning_rate: float = 4.5e-4
+    learning_rate: float = 1e-3
     """of Adam"""
     num_envs: int = 64
     """parallel games"""
@@ -120,18 +120,18 @@ class Args:
     guidance_lookup: Literal["step", "pause"] = "step"
     """step: the context follows the state at every step; pause: drawn once per phase and kept, as in the paper"""
     guidance_tolerance: int = 0
-    """a row may serve a state that differs from it in up to this many of the facts it cares about"""
+    """advice also serves a state that differs in up to this many of the facts it rests on"""
     guidance_bonus: float | None = None
     """reward for each step of work towards an advised sub-goal; default 0.1 with guidance, 0 without. Without guidance
     a bonus counts for every basic sub-goal (the control)"""
-    guidance_rows: int = 640
-    """size of the guidance table"""
+    guidance_rows: int = 256
+    """size of the guidance table, in pieces of advice"""
     updates_per_phase: int = 8
     """PPO updates between two pauses"""
     queries_per_phase: int = 28
     """LLM calls per pause, at most"""
     candidates: int = 2
-    """answers per row of the table that are tried against each other"""
+    """2: every piece of advice is tried against saying nothing, in one env of eight; 1: no trials"""
     comprehension: Literal["cosine", "cosine-actions", "binary", "success", "none"] = "cosine"
     """how well guidance was understood: cosine of sub-goals reached and advised; cosine-actions: of action names, as
     in the paper; binary: was any reached; success: share of visits that reached one"""
@@ -173,7 +173,7 @@ def check_args(args: Args) -> None:
     """Raise ValueError with one line that names the flag for what can't work."""
     for name, low, high in (
         ("total_timesteps", 1, 10**15), ("num_envs", 1, 2**20), ("num_steps", 2, 2**20), ("num_minibatches", 1, 2**20),
-        ("update_epochs", 1, 1000), ("hidden_size", 1, 2**16), ("guidance_rows", 1, 2**20), ("candidates", 1, 64),
+        ("update_epochs", 1, 1000), ("hidden_size", 1, 2**16), ("guidance_rows", 1, 2**16), ("candidates", 1, 2),
         ("updates_per_phase", 1, 10**6), ("queries_per_phase", 0, 10**6), ("eval_episodes", 1, 10**7),
         ("save_every", 1, 10**9), ("sft_every", 0, 10**9), ("guidance_tolerance", 0, len(FACTS)), ("seed", 0, 2**32 - 1),
         ("gamma", 0, 1), ("gae_lambda", 0, 1), ("learning_rate", 0, 10), ("clip_coef", 0, 10), ("ent_coef", 0, 10),
@@ -190,13 +190,11 @@ def check_args(args: Args) -> None:
         )
     if args.batch_size * 200 > 64 * 2**30:
         raise ValueError(f"--num-envs, --num-steps: a batch of {args.batch_size} samples is too large; choose smaller ones")
-    if args.guidance_rows < args.queries_per_phase:
-        raise ValueError(f"--guidance-rows: {args.guidance_rows} rows can't hold {args.queries_per_phase} queries per phase")
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Pytrees. N envs, T steps, K rows, C candidates, P facts, G basic sub-goals, D context, O bytes of observation,
-# S = K C + 1 slots: a slot is one candidate of one row; the last slot is "no guidance".
+# Pytrees. N envs, T steps, K rows of the table, P facts, S sub-goals, G = 22 of them basic, D context, O bytes of
+# observation. A row is one piece of advice: a sub-goal and the facts that it rests on.
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -209,26 +207,35 @@ class GuidanceTable:
     """What the guide said, fixed between two pauses. A row serves every state that shares the facts it cares about."""
 
     keys: jax.Array  # (K, P) bool, the facts of the situation that was asked about
-    care: jax.Array  # (K, P) bool, the facts that the answer rests on
-    num_valid: jax.Array  # (K,) int32, candidates of the row; 0: an empty row
-    context: jax.Array  # (S, D) f32, embedding of the sub-goals; zero in the last slot
-    goals: jax.Array  # (S, G) bool, what the bonus counts for
+    care: jax.Array  # (K, P) bool, the facts that the advice rests on
+    valid: jax.Array  # (K,) bool, False for an empty row
+    goals: jax.Array  # (K, S) bool, one-hot, the advised sub-goal
+    show: jax.Array  # (K,) f32, probability that an env is given this advice (it is drawn once per env and phase)
+    names: jax.Array  # (S, D) f32, embedding of each sub-goal
+
+
+@pytree
+class Lookup:
+    """The table in the form that makes a lookup two matmuls, and what is drawn once per phase."""
+
+    weights: jax.Array  # (P, K) f32
+    offset: jax.Array  # (K,) f32
+    shown: jax.Array  # (N, K) bool
+    pinned: jax.Array  # (N, K) bool, rows that fitted when the phase began, for --guidance-lookup pause
 
 
 @pytree
 class Transition:
-    """One step of all envs. The context is stored as its slot: the table does not change before the update."""
+    """One step of all envs, with the advice that the policy saw: its context is a function of that."""
 
     obs: jax.Array  # (N, O) uint8
-    slot: jax.Array  # (N,) int32
+    advised: jax.Array  # (N, S) bool
     action: jax.Array  # (N,) int32
     log_prob: jax.Array  # (N,) f32
     value: jax.Array  # (N,) f32
     reward: jax.Array  # (N,) f32, with bonus
     env_reward: jax.Array  # (N,) f32, without
     done: jax.Array  # (N,) bool, the episode ended with this step
-    entered: jax.Array  # (N,) bool, another slot than at the step before
-    success: jax.Array  # (N,) bool, first time in this visit that an advised sub-goal was reached
     reached: jax.Array  # (N, G) bool
 
 
@@ -241,9 +248,6 @@ class Runner:
     env_state: Pytree
     key: jax.Array
     update: jax.Array  # () int32
-    slot: jax.Array  # (N,) int32, of the last step
-    fresh: jax.Array  # (N,) bool, the next step begins an episode
-    succeeded: jax.Array  # (N,) bool, an advised sub-goal was reached in this visit of the slot
     episodic_return: jax.Array  # (N,) f32, so far, without bonus
     episodic_length: jax.Array  # (N,) int32
 
@@ -284,16 +288,34 @@ class Agent:
     graphdef: Any
     guidance: str
 
-    def __call__(self, params: Pytree, table: GuidanceTable, obs: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(B, O) uint8, (B,) int32 -> logits (B, A), value (B,)"""
-        context = self.env.facts(obs).astype(jnp.float32) if self.guidance == "facts" else table.context[slot]
+    def __call__(
+        self, params: Pytree, table: GuidanceTable, obs: jax.Array, advised: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """(B, O) uint8, (B, S) bool -> logits (B, A), value (B,)"""
+        context = CONTEXTS[self.guidance](self.env, table, obs, advised)
         return nnx.merge(self.graphdef, params)(self.env.features(obs), context)
+
+
+def guidance_context(env: Any, table: GuidanceTable, obs: jax.Array, advised: jax.Array) -> jax.Array:
+    """Embedding of the advised sub-goals, (B, S) -> (B, D): the sum of their names' embeddings, of norm sqrt(D)."""
+    total = advised.astype(jnp.float32) @ table.names
+    norm = jnp.linalg.norm(total, axis=1, keepdims=True)
+    return total * math.sqrt(CONTEXT_SIZE) / jnp.maximum(norm, 1e-6)
+
+
+CONTEXTS = {
+    "full": guidance_context,
+    "facts": lambda env, table, obs, advised: env.facts(obs).astype(jnp.float32),
+    "none": lambda env, table, obs, advised: jnp.zeros((obs.shape[0], 1)),
+}
+CONTEXT_SIZE = 384
+CONTEXT_SIZES = {"full": CONTEXT_SIZE, "facts": len(FACTS), "none": 1}
 
 
 def make_agent(args: Args, env: Any, key: jax.Array) -> tuple[Agent, Pytree]:
     """The network, split into its static and its trained half."""
     num_features = jax.eval_shape(lambda k: env.features(env.observe(env.reset(k, 1))), key).shape[-1]
-    context_dim = len(FACTS) if args.guidance == "facts" else context_size(args)
+    context_dim = CONTEXT_SIZES[args.guidance]
     network = ActorCritic(num_features, context_dim, env.num_actions, args.hidden_size, nnx.Rngs(key))
     graphdef, params = nnx.split(network)
     return Agent(env, graphdef, args.guidance), params
@@ -318,9 +340,6 @@ def init_runner(args: Args, agent: Agent, params: Pytree, key: jax.Array) -> Run
         env_state=agent.env.reset(key_env, args.num_envs),
         key=key,
         update=jnp.zeros((), jnp.int32),
-        slot=zeros(jnp.int32),
-        fresh=jnp.ones(args.num_envs, bool),
-        succeeded=zeros(bool),
         episodic_return=zeros(jnp.float32),
         episodic_length=zeros(jnp.int32),
     )
@@ -330,40 +349,40 @@ def init_runner(args: Args, agent: Agent, params: Pytree, key: jax.Array) -> Run
 # Host half: what happens at a pause
 # --------------------------------------------------------------------------------------------------------------------
 
-CONTEXT_SIZE = 384
-MIN_VISITS = 30  # of each of two candidates before they are compared
-MARGIN = 1.0  # standard errors by which the better one must lead
+HIDDEN, SHOWN = 0, 1  # the two candidates of a row: saying nothing, giving its advice
+HIDE = 1 / 8  # share of the envs that are not given a piece of advice on trial
+MIN_VISITS = 30  # of each of the two before they are compared
+MARGIN = 2.0  # standard errors by which the better one must lead
 SAMPLES_PER_UPDATE = 256  # situations kept of each rollout, for the next pause to choose from
 OLD = 0.9  # what a visit of the phase before still counts: the policy it came from is gone
-
-
-def context_size(args: Args) -> int:
-    return CONTEXT_SIZE if args.guidance == "full" else 1
+MEMORY = 4096  # situations asked about that are remembered
 
 
 class Records:
     """The host's copy of the guidance table, with all that was said and all that came of it."""
 
     def __init__(self, args: Args, num_actions: int, obs_shape: tuple[int, ...]):
-        rows, candidates = args.guidance_rows if args.guidance == "full" else 1, args.candidates
+        rows = args.guidance_rows if args.guidance == "full" else 1
+        self.trials = args.candidates == 2
         self.arrays = {
             "obs": np.zeros((rows, *obs_shape), np.uint8),
             "keys": np.zeros((rows, len(FACTS)), bool),
             "care": np.zeros((rows, len(FACTS)), bool),
-            "num_valid": np.zeros(rows, np.int32),
-            "context": np.zeros((rows, candidates, context_size(args)), np.float32),
-            "goals": np.zeros((rows, candidates, len(SUB_GOALS)), bool),
-            "visits": np.zeros((rows, candidates), np.float64),
-            "steps": np.zeros((rows, candidates), np.float64),
-            "returns": np.zeros((rows, candidates), np.float64),  # sum over visits
-            "squares": np.zeros((rows, candidates), np.float64),
-            "successes": np.zeros((rows, candidates), np.float64),
-            "reached": np.zeros((rows, candidates, NUM_BASIC), np.float64),
-            "actions": np.zeros((rows, candidates, num_actions), np.float64),
+            "valid": np.zeros(rows, bool),
+            "goal": np.zeros(rows, np.int32),
+            "times_asked": np.zeros(rows, np.int32),
+            "visits": np.zeros((rows, 2), np.float64),  # from here on: sums for HIDDEN and SHOWN
+            "steps": np.zeros((rows, 2), np.float64),
+            "returns": np.zeros((rows, 2), np.float64),
+            "squares": np.zeros((rows, 2), np.float64),
+            "successes": np.zeros((rows, 2), np.float64),
+            "reached": np.zeros((rows, 2, NUM_BASIC), np.float64),
+            "actions": np.zeros((rows, 2, num_actions), np.float64),
+            "asked": np.zeros((MEMORY, len(FACTS)), bool),
+            "num_asked": np.zeros((), np.int64),
         }
-        self.prompts = [[""] * candidates for _ in range(rows)]  # adapter's prompt and answer: what it is tuned on
-        self.analyses = [[""] * candidates for _ in range(rows)]
-        self.null_goals = np.full((1, NUM_BASIC), args.guidance != "full")  # without guidance a bonus is for anything
+        self.prompts, self.analyses = [""] * rows, [""] * rows  # adapter's prompt and answer: what it is tuned on
+        self.names = llm_client.HashEmbedding(CONTEXT_SIZE).encode(list(SUB_GOALS)).astype(np.float32)
 
     def __getattr__(self, name: str) -> np.ndarray:
         try:
@@ -372,152 +391,126 @@ class Records:
             raise AttributeError(name) from None
 
     def table(self) -> GuidanceTable:
-        return self._table(self.context, self.goals, self.num_valid)
+        """For training: advice on trial is hidden from some envs, harmful advice from most."""
+        lead = self.lead()
+        show = np.select([lead > MARGIN, lead < -MARGIN], [1.0, HIDE], 1 - HIDE) if self.trials else np.ones(len(lead))
+        return self._table(show)
 
     def best_table(self) -> GuidanceTable:
-        """Only the best candidate of each row: what evaluation uses."""
-        rows, best = np.arange(len(self.keys)), self.best_candidate()
-        return self._table(self.context[rows, best][:, None], self.goals[rows, best][:, None], np.minimum(self.num_valid, 1))
+        """For evaluation: all advice but what has proved harmful."""
+        return self._table(self.lead() >= -MARGIN)
 
-    def _table(self, context: np.ndarray, goals: np.ndarray, num_valid: np.ndarray) -> GuidanceTable:
-        flat = np.concatenate([context.reshape(-1, context.shape[-1]), np.zeros((1, context.shape[-1]), np.float32)])
-        goals = np.concatenate([goals[..., :NUM_BASIC].reshape(-1, NUM_BASIC), self.null_goals])
-        return GuidanceTable(*map(jnp.asarray, (self.keys, self.care, num_valid, flat, goals)))
+    def _table(self, show: np.ndarray) -> GuidanceTable:
+        goals = np.arange(len(SUB_GOALS)) == self.goal[:, None]
+        show = show.astype(np.float32)
+        return GuidanceTable(*map(jnp.array, (self.keys, self.care, self.valid, goals, show, self.names)))
 
     def fits(self, facts: np.ndarray) -> np.ndarray:
-        """(M, P) -> (M,) is there a row that agrees in all the facts it cares about?"""
-        return wrong_facts(self.keys, self.care, self.num_valid, facts).min(1) == 0
+        """(M, P) -> (M, K) does the row agree with the situation in all the facts it cares about?"""
+        wrong = (facts[:, None] != self.keys) & self.care
+        return self.valid & ~wrong.any(-1)
 
     def lead(self) -> np.ndarray:
-        """(K, C) standard errors by which a candidate's mean return leads the row's first; 0 where not comparable."""
+        """(K,) standard errors by which the return with a row's advice leads that without; 0 where not comparable."""
         visits = np.maximum(self.visits, 1)
         mean = self.returns / visits
         variance = np.maximum(self.squares / visits - mean**2, 1e-6) / visits
-        lead = (mean - mean[:, :1]) / np.sqrt(variance + variance[:, :1])
-        comparable = (self.visits >= MIN_VISITS) & (self.visits[:, :1] >= MIN_VISITS)
-        return np.where(comparable, lead, 0.0)
-
-    def best_candidate(self) -> np.ndarray:
-        """(K,) the first candidate, unless another one has beaten it."""
-        lead = self.lead()
-        return np.where(lead.max(1) > MARGIN, lead.argmax(1), 0)
-
-    def decided(self) -> list[tuple[int, int, int]]:
-        """(row, winner, loser) wherever two candidates of a row differ by more than the margin."""
-        lead = self.lead()
-        return [
-            (int(row), *((int(c), 0) if lead[row, c] > 0 else (0, int(c))))
-            for row, c in zip(*np.nonzero(np.abs(lead) > MARGIN), strict=True)
-        ]
+        lead = (mean[:, SHOWN] - mean[:, HIDDEN]) / np.sqrt(variance.sum(1))
+        return np.where((self.visits >= MIN_VISITS).all(1), lead, 0.0)
 
     def add_outcomes(self, outcomes: dict[str, np.ndarray]) -> None:
-        """Fold in one phase's sums per slot; older ones fade."""
-        for name, per_slot in outcomes.items():
-            total = self.arrays[name]
-            total *= OLD
-            total += np.asarray(per_slot, np.float64)[:-1].reshape(total.shape)
+        """Fold in one phase's sums; older ones fade."""
+        for name, sums in outcomes.items():
+            self.arrays[name] *= OLD
+            self.arrays[name] += np.asarray(sums, np.float64)
 
-
-def wrong_facts(keys: np.ndarray, care: np.ndarray, num_valid: np.ndarray, facts: np.ndarray) -> np.ndarray:
-    """(M, K) facts that a row cares about and that differ; more than all facts for an empty row."""
-    sign = np.where(care, 1 - 2 * keys.astype(np.float32), 0)  # (K, P) +1 cares and false, -1 cares and true
-    return facts.astype(np.float32) @ sign.T + (care & keys).sum(1) + (num_valid == 0) * 1000.0
+    def remember(self, facts: np.ndarray) -> None:
+        self.asked[int(self.num_asked) % MEMORY] = facts
+        self.arrays["num_asked"] += 1
 
 
 @dataclass
 class Query:
-    """One question of a pause: a new row, or another candidate for an old one."""
+    """One question of a pause, with what the agent was told there before and how well that was understood."""
 
-    row: int
-    candidate: int
     obs: np.ndarray  # (O,) uint8
     facts: np.ndarray  # (P,) bool
-    sub_goals: list[int]  # earlier advice in this situation or the one most like it
-    comprehension: float | None  # and how well it was understood
+    sub_goals: list[int]
+    comprehension: float | None
+    times_asked: int = 0
 
 
 def select_queries(args: Args, records: Records, obs: np.ndarray, facts: np.ndarray) -> list[Query]:
-    """What to ask about: situations that no row fits, the most frequent first; then rows that deserve another answer.
+    """What to ask about: situations unlike all that were asked about before, then frequent advice that works worst.
 
-    Situations are grouped by the facts that rows in the table usually care about: two that differ in nothing else will
-    most likely be served by one answer.
+    Unlike is counted in the facts that advice rests on so far; of the situations that are equally unlike, the most
+    frequent one comes first.
 
     Args:
         obs, facts: (M, O) uint8, (M, P) bool, a sample of all steps of the last phase
     """
     scores = comprehension_scores(args, records)
-    unfit = np.flatnonzero(~records.fits(facts))
-    asked = records.num_valid > 0
-    usual = records.care[asked].mean(0) > 0.1 if asked.any() else np.ones(len(FACTS), bool)
-    _, first, counts = np.unique(facts[unfit][:, usual], axis=0, return_index=True, return_counts=True)
-    new = unfit[first[np.argsort(-counts, kind="stable")]]
-    num_again = args.queries_per_phase // 4 if args.candidates > 1 and asked.any() else 0
-    new = new[: args.queries_per_phase - num_again]
-    rows = free_rows(records, len(new))
-    queries = [Query(row, 0, obs[i], facts[i], *nearest_advice(records, scores, facts[i])) for row, i in zip(rows, new, strict=True)]
-    for row, candidate in rows_to_ask_again(args, records, set(rows))[: args.queries_per_phase - len(new)]:
-        best = records.best_candidate()[row]
-        advice = list(np.flatnonzero(records.goals[row, best]))
-        score = scores[row, best]
-        queries.append(Query(row, candidate, records.obs[row], records.keys[row], advice, None if np.isnan(score) else float(score)))
-    return queries
+    weights = records.visits.sum(1) * (1 - np.nan_to_num(scores, nan=1.0))
+    again = [int(row) for row in np.argsort(-weights, kind="stable") if weights[row] > MIN_VISITS]
+    again = again[: args.queries_per_phase // 4]
+    relevant = records.care[records.valid].any(0) if records.valid.any() else np.ones(len(FACTS), bool)
+    asked = records.asked[: int(records.num_asked)]
+    new = most_unlike(facts[:, relevant], asked[:, relevant], args.queries_per_phase - len(again))
+    situations = [(obs[i], facts[i], 0) for i in new]
+    for row in again:
+        records.times_asked[row] += 1
+        situations.append((records.obs[row], records.keys[row], int(records.times_asked[row])))
+    return [Query(o, f, *advice_so_far(records, scores, f), times) for o, f, times in situations]
 
 
-def free_rows(records: Records, n: int) -> list[int]:
-    """Empty rows, then the ones that were used least."""
-    order = np.lexsort((records.visits.sum(1), records.num_valid > 0))
-    return [int(row) for row in order[:n]]
+def most_unlike(facts: np.ndarray, asked: np.ndarray, n: int) -> list[int]:
+    """Up to n indices into facts (M, P): greedily the situation that differs most from those asked (and chosen)."""
+    situations, first, counts = np.unique(facts, axis=0, return_index=True, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    situations, first = situations[order].astype(np.float32), first[order]
+
+    def distance(other: np.ndarray) -> np.ndarray:
+        other = other.astype(np.float32)
+        return situations.sum(1)[:, None] + other.sum(1) - 2 * situations @ other.T  # Hamming
+
+    nearest = distance(asked).min(1) if len(asked) else np.full(len(situations), np.inf)
+    chosen: list[int] = []
+    while len(chosen) < n and nearest.max() > 0:
+        i = int(nearest.argmax())
+        chosen.append(int(first[i]))
+        nearest = np.minimum(nearest, distance(situations[i : i + 1])[:, 0])
+    return chosen
 
 
-def nearest_advice(records: Records, scores: np.ndarray, facts: np.ndarray) -> tuple[list[int], float | None]:
-    """Sub-goals and comprehension score of the row that fits best; none where the table is empty."""
-    if not (records.num_valid > 0).any():
-        return [], None
-    row = int(wrong_facts(records.keys, records.care, records.num_valid, facts[None])[0].argmin())
-    best = int(records.best_candidate()[row])
-    score = scores[row, best]
-    return list(np.flatnonzero(records.goals[row, best])), None if np.isnan(score) else float(score)
-
-
-def rows_to_ask_again(args: Args, records: Records, taken: set[int]) -> list[tuple[int, int]]:
-    """(row, candidate) of frequent rows: first those that lack a candidate, then the beaten candidates of the others."""
-    if args.candidates == 1:
-        return []
-    visits = records.visits.sum(1)
-    lacking = [
-        (int(row), int(records.num_valid[row]))
-        for row in np.argsort(-visits, kind="stable")
-        if 0 < records.num_valid[row] < args.candidates and visits[row] >= MIN_VISITS and row not in taken
-    ]
-    full = records.num_valid == args.candidates
-    beaten = [(row, loser) for row, _, loser in sorted(records.decided(), key=lambda d: -visits[d[0]]) if full[row] and loser > 0 and row not in taken]
-    return lacking + beaten
+def advice_so_far(records: Records, scores: np.ndarray, facts: np.ndarray) -> tuple[list[int], float | None]:
+    """Sub-goals that the table advises in a situation (P,), and the mean comprehension score of that advice."""
+    rows = np.flatnonzero(records.fits(facts[None])[0])
+    known = scores[rows][~np.isnan(scores[rows])]
+    return list(dict.fromkeys(records.goal[rows].tolist())), float(known.mean()) if len(known) else None
 
 
 def comprehension_scores(args: Args, records: Records) -> np.ndarray:
-    """(K, C) how well the agent understood each candidate, 0 to 1; NaN where it was never tried."""
-    tried = records.steps > 0
-    advised = records.goals[..., :NUM_BASIC].astype(np.float64)
+    """(K,) how well the agent understood each piece of advice, 0 to 1; NaN where it was never given."""
+    given = records.steps[:, SHOWN] > 0
+    visits = np.maximum(records.visits[:, SHOWN], 1e-9)
     if args.comprehension == "none":
-        return np.full(tried.shape, np.nan)
+        return np.full(given.shape, np.nan)
+    success = np.clip(records.successes[:, SHOWN] / visits, 0, 1)
     if args.comprehension == "binary":
-        score = ((records.reached * advised).sum(-1) > 0).astype(np.float64)
+        score = (records.successes[:, SHOWN] > 0).astype(np.float64)
     elif args.comprehension == "success":
-        score = records.successes / np.maximum(records.visits, 1e-9)
+        score = success
     else:
-        embedding = llm_client.HashEmbedding(CONTEXT_SIZE)
-        done, names = records.reached, BASIC_SUB_GOALS
+        done, names = records.reached[:, SHOWN], records.names[:NUM_BASIC]
         if args.comprehension == "cosine-actions":
-            done, names = records.actions, action_names(records.actions.shape[-1])
-        did = done @ embedding.encode(list(names))  # (K, C, D)
-        said = records.goals @ embedding.encode(list(SUB_GOALS))
-        norm = np.linalg.norm(did, axis=-1) * np.linalg.norm(said, axis=-1)
-        cosine = (did * said).sum(-1) / np.maximum(norm, 1e-9)
-        score = reference_score(cosine)
+            done = records.actions[:, SHOWN]
+            names = llm_client.HashEmbedding(CONTEXT_SIZE).encode(action_names(done.shape[1]))
+        did, said = done @ names, records.names[records.goal]  # (K, D)
+        norm = np.linalg.norm(did, axis=1) * np.linalg.norm(said, axis=1)
+        score = reference_score((did * said).sum(1) / np.maximum(norm, 1e-9))
         if args.comprehension == "cosine":  # nothing was reached in the other visits: their cosine is 0
-            share = np.clip(records.successes / np.maximum(records.visits, 1e-9), 0, 1)
-            score = share * score + (1 - share) * reference_score(0.0)
-    return np.where(tried, np.clip(score, 0, 1), np.nan)
+            score = success * score + (1 - success) * reference_score(0.0)
+    return np.where(given, score, np.nan)
 
 
 def reference_score(cosine: Any) -> Any:
@@ -532,37 +525,41 @@ def action_names(num_actions: int) -> list[str]:
 
 
 def refine_guidance(
-    args: Args, env: Any, phase: int, records: Records, queries: list[Query], adapter: Any, llm: Any, embedding: Any, key: jax.Array
+    args: Args, env: Any, phase: int, records: Records, queries: list[Query], adapter: Any, llm: Any, key: jax.Array
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Ask adapter and LLM about all queries in one batch, and write what they say into the records.
 
-    A reply that can't be used leaves its row as it was.
+    A reply that can't be used leaves the table as it was.
 
     Returns:
         one log record per query; sums for the metrics
     """
     start = time.perf_counter()
     captions = [env.to_text(query.obs) for query in queries]
-    prompts = [rladapter_adapter.adapter_prompt(c, q.sub_goals, q.comprehension) for c, q in zip(captions, queries, strict=True)]
+    prompts = [
+        rladapter_adapter.adapter_prompt(caption, query.sub_goals, query.comprehension)
+        for caption, query in zip(captions, queries, strict=True)
+    ]
     analyses = adapter.analyse(prompts, key) if queries else []
-    messages = [llm_client.build_messages(c, q.sub_goals, a) for c, q, a in zip(captions, queries, analyses, strict=True)]
-    replies = llm.complete(messages, [query.candidate for query in queries]) if queries else []
+    messages = [
+        llm_client.build_messages(caption, query.sub_goals, analysis)
+        for caption, query, analysis in zip(captions, queries, analyses, strict=True)
+    ]
+    replies = llm.complete(messages, [query.times_asked for query in queries]) if queries else []
     log = []
-    for query, caption, prompt, analysis, message, reply in zip(queries, captions, prompts, analyses, messages, replies, strict=True):
-        guidance, error = None, reply.error
-        if not error:
-            try:
-                guidance = llm_client.parse_reply(reply.text)
-            except ValueError as problem:
-                error = str(problem)
-        if guidance is not None:
-            store_guidance(records, query, guidance, prompt, analysis, embedding)
+    for query, caption, prompt, analysis, message, reply in zip(
+        queries, captions, prompts, analyses, messages, replies, strict=True
+    ):
+        rows, error = {}, reply.error
+        try:
+            rows = {} if error else store_guidance(records, query, llm_client.parse_reply(reply.text), prompt, analysis)
+        except ValueError as problem:
+            error = str(problem)
         log.append({
-            "phase": phase, "row": query.row, "candidate": query.candidate, "key": true_facts(query.facts),
-            "care": [FACTS[i] for i in np.flatnonzero(records.care[query.row])] if guidance else [],
-            "caption": caption, "adapter_prompt": prompt, "analysis": analysis, "messages": message, "model": llm.name,
-            "reply": reply.text, "sub_goals": [SUB_GOALS[i] for i in guidance.sub_goals] if guidance else [],
-            "because": [("" if truth else "not ") + FACTS[i] for i, truth in guidance.because] if guidance else [],
+            "phase": phase, "key": literals(query.facts, query.facts), "rows": list(rows.values()), "caption": caption,
+            "adapter_prompt": prompt, "analysis": analysis, "messages": message, "model": llm.name, "reply": reply.text,
+            "sub_goals": [SUB_GOALS[goal] for goal in rows],
+            "because": [literals(records.care[row], records.keys[row]) for row in rows.values()],
             "error": error, "cached": reply.cached, "prompt_tokens": reply.prompt_tokens,
             "completion_tokens": reply.completion_tokens, "seconds": reply.seconds,
         })  # fmt: skip
@@ -576,37 +573,51 @@ def refine_guidance(
     return log, metrics
 
 
-def true_facts(facts: np.ndarray) -> list[str]:
-    return [FACTS[i] for i in np.flatnonzero(facts)]
+def literals(care: np.ndarray, key: np.ndarray) -> list[str]:
+    """The facts cared about in words, "not " in front of false ones."""
+    return [("" if key[i] else "not ") + FACTS[i] for i in np.flatnonzero(care)]
 
 
-def store_guidance(records: Records, query: Query, guidance: Any, prompt: str, analysis: str, embedding: Any) -> None:
-    """Write one usable answer into its row and candidate."""
-    row, candidate = query.row, query.candidate
-    care = np.zeros(len(FACTS), bool)
-    # A reason that is not so in this situation was misread and counts for nothing; with no reason left, all facts do.
-    care[[index for index, truth in guidance.because if query.facts[index] == truth] or slice(None)] = True
-    care[list(ALWAYS_CARED)] = True
-    if candidate == 0:
+def store_guidance(
+    records: Records, query: Query, guidance: llm_client.Guidance, prompt: str, analysis: str
+) -> dict[int, int]:
+    """Write each sub-goal of an answer into a row of its own, unless a row says so already; {sub-goal: row}."""
+    rows: dict[int, int] = {}
+    for goal, because in zip(guidance.sub_goals, guidance.because, strict=True):
+        care = np.zeros(len(FACTS), bool)
+        # A reason that is not so in this situation was misread and counts for nothing; with none left, all facts do.
+        care[[index for index, truth in because if query.facts[index] == truth] or slice(None)] = True
+        same = (records.care == care).all(1) & (((records.keys ^ query.facts) & care).sum(1) == 0)
+        same &= records.valid & (records.goal == goal)
+        if same.any():
+            rows[goal] = int(same.argmax())
+            continue
+        taken = list(rows.values())
+        use = np.where(records.valid, 1 + records.visits.sum(1), 0.0)  # an empty row first, then the one used least
+        use[taken] = np.inf
+        row = int(use.argmin())
+        if row in taken:
+            break  # a table smaller than this answer
         for name in records.arrays:
-            records.arrays[name][row] = 0
+            if name not in ("asked", "num_asked"):
+                records.arrays[name][row] = 0
         records.obs[row], records.keys[row], records.care[row] = query.obs, query.facts, care
-    else:
-        records.care[row] |= care
-    records.num_valid[row] = max(records.num_valid[row], candidate + 1)
-    records.context[row, candidate] = llm_client.embed_sub_goals(embedding, guidance.sub_goals) * math.sqrt(CONTEXT_SIZE)
-    records.goals[row, candidate] = np.isin(np.arange(len(SUB_GOALS)), guidance.sub_goals)
-    for name in ("visits", "steps", "returns", "squares", "successes", "reached", "actions"):
-        records.arrays[name][row, candidate] = 0
-    records.prompts[row][candidate], records.analyses[row][candidate] = prompt, analysis
+        records.valid[row], records.goal[row] = True, goal
+        records.prompts[row], records.analyses[row] = prompt, analysis
+        rows[goal] = row
+    records.remember(query.facts)
+    return rows
 
 
 def finetune(records: Records, adapter: Any, key: jax.Array) -> dict[str, float]:
-    """Tune the adapter on the analyses that won against another candidate of their row."""
+    """Tune the adapter on the analyses that named a sub-goal which the guide took up and which proved its worth."""
     start = time.perf_counter()
-    winners = {(row, winner) for row, winner, _ in records.decided()}
-    examples = [(records.prompts[row][c], records.analyses[row][c]) for row, c in sorted(winners) if records.analyses[row][c]]
-    tuned = adapter.finetune(examples, key) if examples else {}
+    examples = {
+        (records.prompts[row], records.analyses[row])
+        for row in np.flatnonzero(records.valid & (records.lead() > MARGIN))
+        if records.goal[row] in sub_goals_in_text(records.analyses[row])
+    }
+    tuned = adapter.finetune(sorted(examples), key) if examples else {}
     return {"time/sft": time.perf_counter() - start} | {f"adapter/{name}": value for name, value in tuned.items()}
 
 
@@ -615,44 +626,32 @@ def finetune(records: Records, adapter: Any, key: jax.Array) -> dict[str, float]
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytree
-class TableIndex:
-    """The table's keys in the form that makes a lookup one matmul, made once per phase."""
-
-    weights: jax.Array  # (P, K) f32
-    offset: jax.Array  # (K,) f32
-
-
-def make_index(table: GuidanceTable) -> TableIndex:
-    """score = 64 * (wrong facts) - (facts cared about): the lowest fits best, and of rows that fit the most specific."""
+def make_lookup(args: Args, agent: Agent, table: GuidanceTable, key: jax.Array, obs: jax.Array) -> Lookup:
+    """Draw who is shown what, and find the rows that fit now (obs: (N, O))."""
     sign = jnp.where(table.care, 1.0 - 2.0 * table.keys, 0.0)
-    empty = table.num_valid == 0
-    offset = 64.0 * (table.care & table.keys).sum(1) - table.care.sum(1) + 1e6 * empty
-    return TableIndex(64.0 * sign.T, offset)
+    offset = (table.care & table.keys).sum(1) + 1e6 * ~table.valid
+    shown = jax.random.uniform(key, (obs.shape[0], table.valid.shape[0])) < table.show
+    lookup = Lookup(sign.T, offset, shown, jnp.zeros_like(shown))
+    return dataclasses.replace(lookup, pinned=fitting_rows(args, agent, lookup, obs))
 
 
-def nearest_slot(args: Args, table: GuidanceTable, index: TableIndex, facts: jax.Array, draw: jax.Array) -> jax.Array:
-    """The slot whose row fits the facts, within the tolerance; the last slot where none does.
-
-    Args:
-        facts: (N, P) bool
-        draw: (N,) int32 >= 0, which of the row's candidates an env takes
-    Returns:
-        (N,) int32
-    """
-    num_slots = table.context.shape[0]
-    num_candidates = (num_slots - 1) // table.num_valid.shape[0]
-    score = facts.astype(jnp.float32) @ index.weights + index.offset  # (N, K)
-    row = jnp.argmin(score, axis=1)
-    slot = row * num_candidates + draw % jnp.maximum(table.num_valid[row], 1)
-    return jnp.where(score.min(axis=1) <= 64.0 * args.guidance_tolerance, slot, num_slots - 1).astype(jnp.int32)
+def fitting_rows(args: Args, agent: Agent, lookup: Lookup, obs: jax.Array) -> jax.Array:
+    """(N, O) -> (N, K) rows that agree with the state in the facts they care about, all but `guidance_tolerance`."""
+    wrong = agent.env.facts(obs).astype(jnp.float32) @ lookup.weights + lookup.offset
+    return wrong <= args.guidance_tolerance + 0.5
 
 
-def find_slot(args: Args, agent: Agent, table: GuidanceTable, index: TableIndex, obs: jax.Array, draw: jax.Array) -> jax.Array:
-    """(N,) the slot of every env; plain PPO and the control look nothing up."""
+def rows_in_force(args: Args, agent: Agent, lookup: Lookup, obs: jax.Array) -> jax.Array:
+    """(N, K) rows that fit: at this step, or at the pause with --guidance-lookup pause."""
+    return fitting_rows(args, agent, lookup, obs) if args.guidance_lookup == "step" else lookup.pinned
+
+
+def find_advice(args: Args, agent: Agent, table: GuidanceTable, lookup: Lookup, obs: jax.Array) -> jax.Array:
+    """(N, S) sub-goals advised to every env. Without guidance a bonus is for any: all of them, and nothing looked up."""
     if args.guidance != "full":
-        return jnp.full(obs.shape[0], table.context.shape[0] - 1, jnp.int32)
-    return nearest_slot(args, table, index, agent.env.facts(obs), draw)
+        return jnp.ones((obs.shape[0], table.goals.shape[1]), bool)
+    rows = rows_in_force(args, agent, lookup, obs) & lookup.shown
+    return rows.astype(jnp.float32) @ table.goals.astype(jnp.float32) > 0
 
 
 def sample_action(key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -666,7 +665,7 @@ def action_log_prob(logits: jax.Array, action: jax.Array) -> jax.Array:
 
 
 def rollout(
-    args: Args, agent: Agent, runner: Runner, table: GuidanceTable, index: TableIndex, draw: jax.Array
+    args: Args, agent: Agent, runner: Runner, table: GuidanceTable, lookup: Lookup
 ) -> tuple[Runner, Transition, dict[str, jax.Array]]:
     """T steps of all envs.
 
@@ -678,18 +677,14 @@ def rollout(
     def step(carry: Runner, key_step: jax.Array) -> tuple[Runner, tuple[Transition, dict[str, jax.Array]]]:
         key_action, key_env = jax.random.split(key_step)
         obs = agent.env.observe(carry.env_state)
-        slot = find_slot(args, agent, table, index, obs, draw) if args.guidance_lookup == "step" else carry.slot
-        logits, value = agent(carry.params, table, obs, slot)
+        advised = find_advice(args, agent, table, lookup, obs)
+        logits, value = agent(carry.params, table, obs, advised)
         action, log_prob = sample_action(key_action, logits)
         env_state, env_reward, done, info = agent.env.step(key_env, carry.env_state, action)
-        entered = carry.fresh | (slot != carry.slot)
-        advised = table.goals[slot]
-        hit = (info["reached"] & advised).any(1)
-        succeeded = carry.succeeded & ~entered
+        worked = info["worked"] & advised[:, :NUM_BASIC]
         transition = Transition(
-            obs=obs, slot=slot, action=action, log_prob=log_prob, value=value, env_reward=env_reward, done=done,
-            reward=env_reward + args.bonus * (info["worked"] & advised).sum(1), entered=entered,
-            success=hit & ~succeeded, reached=info["reached"],
+            obs=obs, advised=advised, action=action, log_prob=log_prob, value=value, env_reward=env_reward, done=done,
+            reward=env_reward + args.bonus * worked.sum(1), reached=info["reached"],
         )  # fmt: skip
         episodic_return, episodic_length = carry.episodic_return + env_reward, carry.episodic_length + 1
         ended = {
@@ -699,8 +694,8 @@ def rollout(
             "achievements": (info["achievements"] & done[:, None]).sum(0),
         }
         carry = dataclasses.replace(
-            carry, env_state=env_state, slot=slot, fresh=done, succeeded=succeeded | hit,
-            episodic_return=jnp.where(done, 0.0, episodic_return), episodic_length=jnp.where(done, 0, episodic_length),
+            carry, env_state=env_state, episodic_return=jnp.where(done, 0.0, episodic_return),
+            episodic_length=jnp.where(done, 0, episodic_length),
         )  # fmt: skip
         return carry, (transition, ended)
 
@@ -738,7 +733,7 @@ def ppo_loss(
     args: Args, agent: Agent, params: Pytree, table: GuidanceTable, batch: Transition, advantages: jax.Array, returns: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Clipped surrogate, value and entropy loss of one minibatch (B,), and what CleanRL logs about it."""
-    logits, value = agent(params, table, batch.obs, batch.slot)
+    logits, value = agent(params, table, batch.obs, batch.advised)
     log_ratio = action_log_prob(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
     if args.norm_adv:
@@ -787,25 +782,45 @@ def update_agent(
     return runner, metrics
 
 
-def slot_outcomes(args: Args, agent: Agent, transitions: Transition, num_slots: int) -> dict[str, jax.Array]:
-    """What came of each slot in one rollout, as sums: visits, steps, returns at entry, sub-goals reached, actions.
+def row_outcomes(
+    args: Args, agent: Agent, table: GuidanceTable, lookup: Lookup, transitions: Transition
+) -> dict[str, jax.Array]:
+    """What came of each row in one rollout, for envs it was hidden from and shown to: sums of shape (K, 2, ...).
 
-    The return is the discounted reward of the environment until the end of the rollout, with neither bonus nor value
-    function: both would favour a candidate that merely promises more bonus.
+    visits: times a state that the row fits was entered; returns, squares: of the discounted reward of the environment
+    from there to the end of the rollout, with neither bonus nor value function, since both would favour advice that
+    merely promises more bonus; successes: visits in which its sub-goal was reached; steps, reached, actions: while it
+    fitted. A visit that began in an earlier rollout counts as steps only.
     """
     zeros = jnp.zeros_like(transitions.value)
     _, returns = compute_gae(transitions.env_reward, zeros, transitions.done, zeros[0], args.gamma, 1.0)
-    entered = transitions.entered.astype(jnp.float32)
-    per_step = {
-        "visits": entered, "steps": jnp.ones_like(entered), "returns": entered * returns,
-        "squares": entered * returns**2, "successes": transitions.success.astype(jnp.float32),
-    }  # fmt: skip
-    actions = jax.nn.one_hot(transitions.action, agent.env.num_actions)
-    columns = jnp.concatenate([jnp.stack(list(per_step.values()), -1), transitions.reached, actions], -1)  # (T, N, .)
-    sums = jax.ops.segment_sum(columns.reshape(-1, columns.shape[-1]), transitions.slot.reshape(-1), num_slots)
-    outcomes = {name: sums[:, i] for i, name in enumerate(per_step)}
-    outcomes["reached"] = sums[:, len(per_step) : len(per_step) + NUM_BASIC]
-    return outcomes | {"actions": sums[:, len(per_step) + NUM_BASIC :]}
+    fresh = jnp.concatenate([jnp.zeros_like(transitions.done[:1]), transitions.done[:-1]])
+    basic = table.goals[:, :NUM_BASIC].astype(jnp.float32)
+    groups = jnp.stack([~lookup.shown, lookup.shown]).astype(jnp.float32)  # (2, N, K)
+
+    def step(carry: tuple, x: tuple) -> tuple[tuple, None]:
+        before, counted, succeeded, sums = carry  # (N, K) bool: fitted before, visit is counted, sub-goal was reached
+        t, return_t, fresh_t = x
+        fits = rows_in_force(args, agent, lookup, t.obs)
+        entered = fits & (~before | fresh_t[:, None])
+        counted = (counted | entered) & fits
+        hit = (t.reached.astype(jnp.float32) @ basic.T > 0) & counted
+        success = hit & (~succeeded | entered)
+        per_visit = jnp.stack([jnp.ones_like(return_t), return_t, return_t**2], 1)
+        per_step = [jnp.ones((*fresh_t.shape, 1)), t.reached, jax.nn.one_hot(t.action, agent.env.num_actions)]
+        add = [
+            jnp.einsum("gnk,nc->kgc", groups * entered, per_visit),
+            jnp.einsum("gnk->kg", groups * success)[..., None],
+            jnp.einsum("gnk,nc->kgc", groups * fits, jnp.concatenate(per_step, 1)),
+        ]
+        return (fits, counted, hit | (succeeded & counted & ~entered), sums + jnp.concatenate(add, -1)), None
+
+    nothing = jnp.zeros_like(lookup.shown)
+    start = rows_in_force(args, agent, lookup, transitions.obs[0])
+    sums = jnp.zeros((start.shape[1], 2, 5 + NUM_BASIC + agent.env.num_actions))
+    (_, _, _, sums), _ = jax.lax.scan(step, (start, nothing, nothing, sums), (transitions, returns, fresh))
+    outcomes = {name: sums[..., i] for i, name in enumerate(("visits", "returns", "squares", "successes", "steps"))}
+    return outcomes | {"reached": sums[..., 5 : 5 + NUM_BASIC], "actions": sums[..., 5 + NUM_BASIC :]}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2,))
@@ -815,39 +830,36 @@ def train_phase(
     """num_updates (traced, at most updates_per_phase) PPO updates with a fixed guidance table. The runner is donated.
 
     Returns:
-        runner; metrics, sums over the phase; outcomes, sums per slot; a sample of the situations met (U * 256, O)
+        runner; metrics, sums over the phase; outcomes, sums per row; a sample of the situations met (U * 256, O)
     """
-    key, key_draw = jax.random.split(runner.key)
-    draw = jax.random.randint(key_draw, (args.num_envs,), 0, 2**30)
-    index = make_index(table)
+    key, key_lookup = jax.random.split(runner.key)
     obs = agent.env.observe(runner.env_state)
-    # With --guidance-lookup pause this is the phase's one lookup; otherwise the first step overwrites it.
-    drawn = find_slot(args, agent, table, index, obs, draw)
-    slot = drawn if args.guidance_lookup == "pause" else runner.slot
-    runner = dataclasses.replace(runner, key=key, slot=slot)
-    num_slots = table.context.shape[0]
+    lookup = make_lookup(args, agent, table, key_lookup, obs)
+    runner = dataclasses.replace(runner, key=key)
 
     def one_update(i: jax.Array, carry: tuple) -> tuple:
         runner, metrics, outcomes, samples = carry
-        runner, transitions, sums = rollout(args, agent, runner, table, index, draw)
+        runner, transitions, sums = rollout(args, agent, runner, table, lookup)
         last_obs = agent.env.observe(runner.env_state)
-        last_slot = find_slot(args, agent, table, index, last_obs, draw) if args.guidance_lookup == "step" else runner.slot
-        _, last_value = agent(runner.params, table, last_obs, last_slot)
+        last_advised = find_advice(args, agent, table, lookup, last_obs)
+        _, last_value = agent(runner.params, table, last_obs, last_advised)
         key, key_sample = jax.random.split(runner.key)
         runner, losses = update_agent(args, agent, dataclasses.replace(runner, key=key), table, transitions, last_value)
         chosen = jax.random.randint(key_sample, (SAMPLES_PER_UPDATE,), 0, args.batch_size)
         sample = transitions.obs.reshape(args.batch_size, -1)[chosen]
         sums |= losses | {"bonus": (transitions.reward - transitions.env_reward).sum()}
-        sums["covered_steps"] = (transitions.slot < num_slots - 1).sum().astype(jnp.float32)
-        new = (sums, slot_outcomes(args, agent, transitions, num_slots))
-        metrics, outcomes = jax.tree.map(jnp.add, (metrics, outcomes), new)
+        sums["covered_steps"] = transitions.advised.any(-1).sum().astype(jnp.float32)
+        new_outcomes = row_outcomes(args, agent, table, lookup, transitions) if args.guidance == "full" else {}
+        metrics, outcomes = jax.tree.map(jnp.add, (metrics, outcomes), (sums, new_outcomes))
         return runner, metrics, outcomes, jax.lax.dynamic_update_index_in_dim(samples, sample, i, 0)
 
-    zero = jnp.zeros(())
-    metrics = {name: zero for name in METRICS} | {"achievements": jnp.zeros(len(agent.env.achievements))}
-    outcomes = {name: jnp.zeros(num_slots) for name in ("visits", "steps", "returns", "squares", "successes")}
-    outcomes["reached"] = jnp.zeros((num_slots, NUM_BASIC))
-    outcomes["actions"] = jnp.zeros((num_slots, agent.env.num_actions))
+    metrics = {name: jnp.zeros(()) for name in METRICS} | {"achievements": jnp.zeros(len(agent.env.achievements))}
+    outcomes = {}
+    if args.guidance == "full":
+        shape = (table.valid.shape[0], 2)
+        outcomes = {name: jnp.zeros(shape) for name in ("visits", "returns", "squares", "successes", "steps")}
+        outcomes["reached"] = jnp.zeros((*shape, NUM_BASIC))
+        outcomes["actions"] = jnp.zeros((*shape, agent.env.num_actions))
     samples = jnp.zeros((args.updates_per_phase, SAMPLES_PER_UPDATE, obs.shape[-1]), jnp.uint8)
     carry = (runner, metrics, outcomes, samples)
     runner, metrics, outcomes, samples = jax.lax.fori_loop(0, num_updates, one_update, carry)
@@ -865,25 +877,24 @@ METRICS = (*LOSSES, "bonus", "covered_steps", "episodes", "episodic_return", "ep
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
 def evaluate_steps(
-    args: Args, agent: Agent, params: Pytree, carry: dict[str, Any], table: GuidanceTable, num_episodes: jax.Array, redraw: jax.Array
-) -> dict[str, Any]:
+    args: Args, agent: Agent, params: Pytree, carry: dict[str, Any], table: GuidanceTable, num_episodes: jax.Array,
+    redraw: jax.Array,
+) -> dict[str, Any]:  # fmt: skip
     """num_steps steps of all envs; each env counts its first num_episodes episodes only."""
-    index = make_index(table)
-    draw = jnp.zeros(args.num_envs, jnp.int32)
-    obs = agent.env.observe(carry["env_state"])
-    carry["slot"] = jnp.where(redraw, find_slot(args, agent, table, index, obs, draw), carry["slot"])
-    key, key_refill, key_steps = jax.random.split(carry["key"], 3)
+    key, key_refill, key_steps, key_lookup = jax.random.split(carry["key"], 4)
+    lookup = make_lookup(args, agent, table, key_lookup, agent.env.observe(carry["env_state"]))
+    lookup = dataclasses.replace(lookup, pinned=jnp.where(redraw, lookup.pinned, carry["pinned"]))
 
     def step(carry: dict[str, Any], key_step: jax.Array) -> tuple[dict[str, Any], None]:
         key_action, key_env = jax.random.split(key_step)
         obs = agent.env.observe(carry["env_state"])
-        slot = find_slot(args, agent, table, index, obs, draw) if args.guidance_lookup == "step" else carry["slot"]
-        action, _ = sample_action(key_action, agent(params, table, obs, slot)[0])
+        advised = find_advice(args, agent, table, lookup, obs)
+        action, _ = sample_action(key_action, agent(params, table, obs, advised)[0])
         env_state, reward, done, info = agent.env.step(key_env, carry["env_state"], action)
         counts = done & (carry["episodes"] < num_episodes)
         so_far, length = carry["so_far"] + reward, carry["length"] + 1
-        return {
-            "env_state": env_state, "key": carry["key"], "slot": slot,
+        return carry | {
+            "env_state": env_state,
             "so_far": jnp.where(done, 0.0, so_far), "length": jnp.where(done, 0, length),
             "episodes": carry["episodes"] + counts,
             "episodic_return": carry["episodic_return"] + so_far * counts,
@@ -892,7 +903,8 @@ def evaluate_steps(
         }, None  # fmt: skip
 
     carry, _ = jax.lax.scan(step, carry, jax.random.split(key_steps, args.num_steps))
-    return carry | {"key": key, "env_state": agent.env.refill(key_refill, carry["env_state"])}
+    env_state = agent.env.refill(key_refill, carry["env_state"])
+    return carry | {"key": key, "env_state": env_state, "pinned": lookup.pinned}
 
 
 def evaluate(
@@ -907,14 +919,15 @@ def evaluate(
     key_env, key = jax.random.split(key)
     n, num_achievements = args.num_envs, len(agent.env.achievements)
     carry = {
-        "env_state": agent.env.reset(key_env, n), "key": key, "slot": jnp.zeros(n, jnp.int32),
+        "env_state": agent.env.reset(key_env, n), "key": key, "pinned": jnp.zeros((n, table.valid.shape[0]), bool),
         "so_far": jnp.zeros(n), "length": jnp.zeros(n, jnp.int32), "episodes": jnp.zeros(n, jnp.int32),
         "episodic_return": jnp.zeros(n), "episodic_length": jnp.zeros(n, jnp.int32),
         "achievements": jnp.zeros(num_achievements, jnp.int32),
     }  # fmt: skip
     chunk = 0
     while int(carry["episodes"].min()) < num_episodes:
-        carry = evaluate_steps(args, agent, params, carry, table, num_episodes, chunk % args.updates_per_phase == 0)
+        redraw = jnp.asarray(chunk % args.updates_per_phase == 0)
+        carry = evaluate_steps(args, agent, params, carry, table, jnp.int32(num_episodes), redraw)
         chunk += 1
         if progress:
             progress(int(carry["episodes"].sum()), num_episodes * n)
@@ -1004,36 +1017,34 @@ def phase_metrics(args: Args, agent: Agent, counters: Counters, sums: dict[str, 
 
 
 def outcome_records(phase: int, records: Records, scores: np.ndarray, outcomes: dict[str, Any]) -> list[dict[str, Any]]:
-    """One object per row and candidate that was used in this phase."""
+    """One object per row and candidate (0 hidden, 1 shown) that was used in this phase."""
     sums = {name: np.asarray(value, np.float64) for name, value in outcomes.items()}
-    candidates = records.visits.shape[1]
     lines = []
-    for slot in np.flatnonzero(sums["steps"][:-1]):
-        row, candidate = divmod(int(slot), candidates)
-        visits = max(sums["visits"][slot], 1.0)
-        mean = sums["returns"][slot] / visits
-        score = scores[row, candidate]
+    for row, candidate in np.argwhere(sums["steps"] > 0).tolist():
+        at = row, candidate
+        visits = max(sums["visits"][at], 1.0)
+        mean = sums["returns"][at] / visits
         lines.append({
-            "phase": phase, "row": row, "candidate": candidate, "visits": int(sums["visits"][slot]),
-            "steps": int(sums["steps"][slot]), "return_mean": mean,
-            "return_variance": max(sums["squares"][slot] / visits - mean**2, 0.0),
-            "successes": int(sums["successes"][slot]),
-            "reached": {BASIC_SUB_GOALS[g]: int(n) for g, n in enumerate(sums["reached"][slot]) if n},
-            "comprehension": None if np.isnan(score) else float(score),
+            "phase": phase, "row": row, "candidate": candidate, "sub_goal": SUB_GOALS[records.goal[row]],
+            "because": literals(records.care[row], records.keys[row]),
+            "visits": int(sums["visits"][at]), "steps": int(sums["steps"][at]), "return_mean": mean,
+            "return_variance": max(sums["squares"][at] / visits - mean**2, 0.0), "successes": int(sums["successes"][at]),
+            "reached": {BASIC_SUB_GOALS[g]: int(n) for g, n in enumerate(sums["reached"][at]) if n},
+            "comprehension": None if np.isnan(scores[row]) else float(scores[row]),
         })  # fmt: skip
     return lines
 
 
 def guidance_metrics(records: Records, scores: np.ndarray) -> dict[str, Any]:
     """What the table is worth, each row counted by its visits."""
-    weights = np.where(np.isnan(scores), 0, records.visits)
-    mean = float((np.nan_to_num(scores) * weights).sum() / weights.sum()) if weights.sum() else None
-    visits = float(records.visits.sum())
+    weights = np.where(np.isnan(scores), 0, records.visits[:, SHOWN])
+    visits, lead = float(records.visits[:, SHOWN].sum()), records.lead()
     return {
-        "guidance/comprehension": mean,
-        "guidance/goal_success": float(records.successes.sum()) / visits if visits else None,
-        "guidance/rows": int((records.num_valid > 0).sum()),
-        "guidance/pairs_decided": len(records.decided()),
+        "guidance/comprehension": float((np.nan_to_num(scores) * weights).sum() / weights.sum()) if weights.sum() else None,
+        "guidance/goal_success": float(records.successes[:, SHOWN].sum()) / visits if visits else None,
+        "guidance/rows": int(records.valid.sum()),
+        "guidance/pairs_decided": int((np.abs(lead) > MARGIN).sum()),
+        "guidance/pairs_won": int((lead > MARGIN).sum()),
     }
 
 
@@ -1068,7 +1079,6 @@ def train(args: Args, folder: Path, resume: bool, progress: Any) -> dict[str, An
     agent, params = make_agent(args, env, key_agent)
     runner = jax.jit(init_runner, static_argnums=(0, 1))(args, agent, params, key_runner)
     llm, adapter = make_llm(args), make_adapter(args, progress)
-    embedding = llm_client.HashEmbedding(CONTEXT_SIZE)
     samples = env.observe(runner.env_state)
     records = Records(args, env.num_actions, samples.shape[1:])
     samples = np.resize(np.asarray(samples), (args.updates_per_phase * SAMPLES_PER_UPDATE, *samples.shape[1:]))
@@ -1097,7 +1107,7 @@ def train(args: Args, folder: Path, resume: bool, progress: Any) -> dict[str, An
         phase_start = time.perf_counter()
         key_phase = jax.random.fold_in(key_host, phase)
         queries = select_queries(args, records, samples, np.asarray(env_facts(samples))) if args.guidance == "full" else []
-        answers, asked = refine_guidance(args, env, phase, records, queries, adapter, llm, embedding, key_phase)
+        answers, asked = refine_guidance(args, env, phase, records, queries, adapter, llm, key_phase)
         log.append("guidance.jsonl", [{"global_step": counters["global_step"]} | answer for answer in answers])
         num_updates = args.updates_in_phase(phase)
         train_start = time.perf_counter()
@@ -1114,7 +1124,8 @@ def train(args: Args, folder: Path, resume: bool, progress: Any) -> dict[str, An
         sps = counters["global_step"] / (counters["wall_seconds"] - counters["compile_seconds"])
         record |= guidance_metrics(records, scores) | asked | tuned
         record |= {"charts/SPS": sps, "time/train": train_seconds, "time/compile": compile_seconds}
-        log.append("outcomes.jsonl", outcome_records(phase, records, scores, outcomes))
+        if outcomes:
+            log.append("outcomes.jsonl", outcome_records(phase, records, scores, outcomes))
         log.metrics({"phase": phase, "global_step": counters["global_step"]} | record)
         progress.update(task, completed=counters["global_step"], status=status_line(record, counters))
         if stop.asked or (phase + 1) % args.save_every == 0 or phase + 1 == args.num_phases:

@@ -47,7 +47,10 @@ def names(text: str) -> list[str]:
 
 
 def because(text: str) -> set[str]:
-    return {("" if truth else "not ") + vocab.FACTS[i] for i, truth in parse_reply(text).because}
+    """The reasons that all sub-goals of a reply share."""
+    reasons = set(parse_reply(text).because)
+    assert len(reasons) == 1
+    return {("" if truth else "not ") + vocab.FACTS[i] for i, truth in reasons.pop()}
 
 
 # --- Messages
@@ -57,8 +60,9 @@ def test_system_prompt_lists_every_name_and_its_example_parses():
     for name in vocab.SUB_GOALS + vocab.FACTS:
         assert name in llm_client.SYSTEM_PROMPT
     example = next(line for line in llm_client.SYSTEM_PROMPT.splitlines() if line.startswith("{"))
-    assert names(example) == ["chop tree", "drink water"]
-    assert because(example) == {"tree in view", "not wood >= 4", "water in view"}
+    said = dict(zip(names(example), parse_reply(example).because, strict=True))
+    assert said["chop tree"] == ((vocab.FACT_INDEX["wood >= 4"], False),)
+    assert len(said["make wood pickaxe"]) == 2 and len(said) == 2
 
 
 def test_golden_messages():
@@ -120,6 +124,25 @@ def test_replies_that_mean_the_same(text: str):
     assert because(text) == {"tree in view", "not wood >= 4"}
 
 
+LOW_WOOD = (vocab.FACT_INDEX["wood >= 4"], False)
+THIRST = (vocab.FACT_INDEX["drink low"], True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"sub_goals": {"chop tree": ["not wood >= 4"], "drink water": ["drink low"]}}',
+        '{"sub_goals": {"Chop trees": "wood < 4"  , "get water": {"drink low": true}}}',
+        '{"sub_goals": [{"name": "chop tree", "because": ["not wood >= 4"]}, {"goal": "drink water", "because": ["drink low"]}]}',
+        '{"sub_goals": ["drink water", {"sub_goal": "chop tree", "because": ["wood not >= 4"]}], "because": ["drink low"]}',
+        '{"sub_goals": [{"chop tree": ["not wood >= 4"]}, {"drink water": ["drink low"], "fly": ["dark"]}], "because": ["dark"]}',
+    ],
+)
+def test_each_sub_goal_has_its_own_reasons(text: str):
+    guidance = parse_reply(text)
+    assert dict(zip(guidance.sub_goals, guidance.because, strict=True)) == {TREE: (LOW_WOOD,), WATER: (THIRST,)}
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -133,14 +156,14 @@ def test_replies_that_mean_the_same(text: str):
     ],
 )
 def test_lists_and_damaged_json_give_sub_goals_that_rest_on_everything(text: str):
-    assert parse_reply(text) == Guidance((TREE, WATER), ())
+    assert parse_reply(text) == Guidance((TREE, WATER), ((), ()))
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "", "I would rather not say.", "{}", "[]", "null", '{"sub_goals": []}', '{"sub_goals": null, "note": "sleep"}',
-        '{"sub_goals": ["fly"], "note": ["sleep"]}', '{"sub_goals": {"chop tree": 1}}', "<think>chop tree",
+        '{"sub_goals": ["fly"], "note": ["sleep"]}', '{"sub_goals": {"fly": 1}}', "<think>chop tree",
         '{"a":' * 5_000, "[" * 20_000, '{"sub_goals": ' + "[" * 15_000 + "]" * 4_000,
     ],
 )  # fmt: skip
@@ -149,9 +172,9 @@ def test_replies_without_a_usable_sub_goal(text: str):
         parse_reply(text)
 
 
-def test_at_most_five_sub_goals_each_once():
+def test_no_more_sub_goals_than_asked_for_each_once():
     reply = json.dumps({"sub_goals": ["chop tree", "gather wood", *vocab.SUB_GOALS]})
-    assert parse_reply(reply) == Guidance((0, 1, 2, 3, 4), ())
+    assert parse_reply(reply).sub_goals == tuple(range(llm_client.MAX_SUB_GOALS))
 
 
 @pytest.mark.parametrize("name", vocab.SUB_GOALS)
@@ -191,9 +214,11 @@ def check_parse(text: str) -> None:
         return
     assert 1 <= len(set(guidance.sub_goals)) == len(guidance.sub_goals) <= llm_client.MAX_SUB_GOALS
     assert all(0 <= i < len(vocab.SUB_GOALS) for i in guidance.sub_goals)
-    facts = [i for i, _ in guidance.because]
-    assert len(set(facts)) == len(facts) and all(0 <= i < len(vocab.FACTS) for i in facts)
-    assert all(isinstance(truth, bool) for _, truth in guidance.because)
+    assert len(guidance.because) == len(guidance.sub_goals)
+    for reasons in guidance.because:
+        facts = [i for i, _ in reasons]
+        assert len(set(facts)) == len(facts) and all(0 <= i < len(vocab.FACTS) for i in facts)
+        assert all(isinstance(truth, bool) for _, truth in reasons)
 
 
 PIECES = st.sampled_from([*"{}[]\":,\\\n'` ", "sub_goals", "because", "chop tree", "not ", "dark", "\ud800"])
@@ -262,37 +287,43 @@ def test_unreadable_caption_is_an_error_of_its_reply_alone(text: str):
 @pytest.mark.parametrize("analysis", ["", "The player should drink water, then mine diamond and sleep."])
 def test_rules_round_trip(caption: str, analysis: str):
     facts = llm_client.facts_of(llm_client.read_caption(caption))
-    batch = [build_messages(caption, (), analysis)] * 6
-    replies = RulesGuide(3).complete(batch, list(range(6)))
-    assert replies[0].text == RulesGuide(4).complete(batch[:1], [0])[0].text
-    for reply in replies:
-        guidance = parse_reply(reply.text)
-        assert not reply.error and guidance.because
-        for index, truth in guidance.because:
-            assert facts[vocab.FACTS[index]] == truth
-        assert guidance.sub_goals[0] == parse_reply(replies[0].text).sub_goals[0]
-        assert set(guidance.sub_goals) <= set(parse_reply(replies[0].text).sub_goals)
+    (reply,) = RulesGuide(3).complete([build_messages(caption, (), analysis)], [0])
+    guidance = parse_reply(reply.text)
+    assert not reply.error and len(guidance.sub_goals) > 1 and all(guidance.because)
+    assert all(facts[vocab.FACTS[index]] == truth for reasons in guidance.because for index, truth in reasons)
 
 
 def test_rules_heed_a_named_sub_goal_only_where_it_is_possible():
     base = dict.fromkeys(vocab.FACTS, False) | {"cow in view": True, "unlocked eat cow": True}
     cow, diamond = vocab.SUB_GOAL_INDEX["attack cow"], vocab.SUB_GOAL_INDEX["mine diamond"]
-    assert cow not in llm_client.advise(base, [])[0]
-    assert llm_client.advise(base, [diamond, cow])[0][0] == cow
-    assert diamond not in llm_client.advise(base, [diamond])[0]
+    base["unlocked make wood sword"] = True
+    assert cow not in dict(llm_client.advise(base, []))  # not hungry, and it has eaten
+    base["unlocked eat cow"] = False
+    assert llm_client.advise(base, [])[0][0] != cow and llm_client.advise(base, [diamond, cow])[0][0] == cow
+    assert diamond not in dict(llm_client.advise(base, [diamond]))
     assert tuple(llm_client.POSSIBLE) == vocab.BASIC_SUB_GOALS
     assert {text.removeprefix("not ") for texts in llm_client.POSSIBLE.values() for text in texts} <= set(vocab.FACTS)
 
 
-def test_situations_that_share_because_get_the_same_advice():
+def test_advice_holds_wherever_its_reasons_do():
     rng = random.Random(0)
     for _ in range(300):
         facts = {name: rng.random() < 0.4 for name in vocab.FACTS}
-        heeded = rng.sample(range(vocab.NUM_BASIC), 2)
-        advice, literals = llm_client.advise(facts, heeded)
-        assert advice and all(facts[name] == truth for name, truth in literals)
-        other = {name: rng.random() < 0.4 for name in vocab.FACTS} | dict(literals)
-        assert llm_client.advise(other, heeded)[0] == advice
+        advice = llm_client.advise(facts, rng.sample(range(vocab.NUM_BASIC), 2))
+        assert 1 <= len(advice) <= llm_client.MAX_SUB_GOALS
+        assert all(reasons and llm_client.holds(facts, reasons) for _, reasons in advice)
+
+
+def test_rules_put_life_first_then_the_next_tool():
+    facts = dict.fromkeys(vocab.FACTS, False)
+    advised = [vocab.SUB_GOALS[i] for i, _ in llm_client.advise(facts, [])]
+    assert advised[0] == "chop tree" and "mine stone" not in advised and "attack zombie" in advised
+    facts |= {"wood >= 1": True, "crafting table in view": True, "zombie near": True, "drink low": True}
+    advised = [vocab.SUB_GOALS[i] for i, _ in llm_client.advise(facts, [])]
+    assert advised[:4] == ["attack zombie", "drink water", "make wood pickaxe", "make wood sword"]
+    assert {name for name, _ in (*llm_client.URGENT, *llm_client.WISE)} <= set(vocab.BASIC_SUB_GOALS)
+    said = {text.removeprefix("not ") for _, texts in (*llm_client.URGENT, *llm_client.WISE) for text in texts}
+    assert said <= set(vocab.FACTS)
 
 
 def test_random_guide_is_deterministic_in_seed_messages_and_sample():
@@ -302,7 +333,8 @@ def test_random_guide_is_deterministic_in_seed_messages_and_sample():
     assert len(set(texts)) == 3 and RandomGuide(2).complete(batch[:1], [0])[0].text != texts[0]
     for text in texts:
         guidance = parse_reply(text)
-        assert len(guidance.sub_goals) == 3 and max(guidance.sub_goals) < vocab.NUM_BASIC and not guidance.because
+        assert len(guidance.sub_goals) == 3 and max(guidance.sub_goals) < vocab.NUM_BASIC
+        assert all(len(reasons) == 2 for reasons in guidance.because)
 
 
 # --- Embeddings

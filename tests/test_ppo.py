@@ -15,7 +15,7 @@ import llm_client
 import rladapter_adapter
 import rladapter_ppo as rl
 from envs import make_env
-from envs.vocabulary import ALWAYS_CARED, FACT_INDEX, FACTS, NUM_BASIC, SUB_GOAL_INDEX
+from envs.vocabulary import FACT_INDEX, FACTS, NUM_BASIC, SUB_GOAL_INDEX, SUB_GOALS
 
 TOY = rl.Args(
     env_id="Toy-v0", num_envs=8, num_steps=16, num_minibatches=4, hidden_size=32, total_timesteps=8 * 16 * 13,
@@ -36,13 +36,24 @@ def key_of(names):
     return np.isin(np.arange(len(FACTS)), [FACT_INDEX[name] for name in names])
 
 
-def query(row, candidate, facts, obs=(0, 0)):
-    return rl.Query(row, candidate, np.array(obs, np.uint8), facts, [], None)
+def query(facts, obs=(0, 0)):
+    return rl.Query(np.array(obs, np.uint8), facts, [], None)
 
 
-def store(records, row, candidate, facts, sub_goals, because):
-    guidance = llm_client.Guidance(tuple(SUB_GOAL_INDEX[g] for g in sub_goals), tuple((FACT_INDEX[f], t) for f, t in because))
-    rl.store_guidance(records, query(row, candidate, facts), guidance, "prompt", "analysis", llm_client.HashEmbedding(384))
+def store(records, facts, advice):
+    """advice: {sub-goal: [(fact, truth), ...]}; the rows it went to"""
+    goals = tuple(SUB_GOAL_INDEX[goal] for goal in advice)
+    because = tuple(tuple((FACT_INDEX[fact], truth) for fact, truth in reasons) for reasons in advice.values())
+    rows = rl.store_guidance(records, query(facts), llm_client.Guidance(goals, because), "prompt", "analysis")
+    return list(rows.values())
+
+
+TREE = {"chop tree": [("tree in view", True)]}
+LAKE = {"drink water": [("water in view", True)]}
+
+
+def lookup_of(args, agent, table, runner):
+    return rl.make_lookup(args, agent, table, jax.random.key(9), agent.env.observe(runner.env_state))
 
 
 # -------------------------------------------------------------------------------------------------------- GAE and losses
@@ -85,7 +96,7 @@ def test_gae_does_not_leak_over_the_end_of_an_episode():
 class FixedAgent:
     """Two actions; the obs byte is the logit of action 1, the value is 0.5."""
 
-    def __call__(self, params, table, obs, slot):
+    def __call__(self, params, table, obs, advised):
         logit = params * obs[:, 0].astype(jnp.float32)
         return jnp.stack([jnp.zeros_like(logit), logit], 1), jnp.full(obs.shape[0], 0.5)
 
@@ -94,9 +105,8 @@ def loss_of(log_ratio, advantage, args=rl.Args(norm_adv=False, ent_coef=0.0, vf_
     """PPO loss of one sample whose new probability is exp(log_ratio) times the old one."""
     zeros = jnp.zeros(1)
     batch = rl.Transition(
-        obs=jnp.zeros((1, 1), jnp.uint8), slot=jnp.zeros(1, jnp.int32), action=jnp.zeros(1, jnp.int32),
-        log_prob=jnp.log(jnp.array([0.5])) - log_ratio, value=zeros, reward=zeros, env_reward=zeros, done=zeros,
-        entered=zeros, success=zeros, reached=zeros,
+        obs=jnp.zeros((1, 1), jnp.uint8), advised=zeros, action=jnp.zeros(1, jnp.int32),
+        log_prob=jnp.log(jnp.array([0.5])) - log_ratio, value=zeros, reward=zeros, env_reward=zeros, done=zeros, reached=zeros,
     )  # fmt: skip
     return rl.ppo_loss(args, FixedAgent(), jnp.ones(()), None, batch, jnp.array([advantage]), jnp.array([1.5]))
 
@@ -121,169 +131,207 @@ def test_value_and_entropy_terms_by_hand():
 def test_ratio_is_one_in_the_first_minibatch():
     """What the buffer stores is what the policy saw: the reference stored the new sentence for the old action."""
     agent, runner, records = setup(TOY)
-    store(records, 0, 0, key_of(EMPTY_TREE), ["chop tree"], [("tree in view", True)])
-    table = records.table()
-    _, transitions, _ = rl.rollout(TOY, agent, runner, table, rl.make_index(table), jnp.zeros(8, jnp.int32))
-    assert len(np.unique(transitions.slot)) == 2  # guided and unguided steps
+    store(records, key_of(EMPTY_TREE), TREE)
+    table = records.best_table()
+    _, transitions, _ = rl.rollout(TOY, agent, runner, table, lookup_of(TOY, agent, table, runner))
+    assert 0 < np.asarray(transitions.advised).any(-1).mean() < 1  # guided and unguided steps
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), transitions)
     _, metrics = rl.ppo_loss(TOY, agent, runner.params, table, flat, flat.reward, flat.reward)
     assert abs(float(metrics["approx_kl"])) < 1e-6 and float(metrics["clipfrac"]) == 0.0
-    other = dataclasses.replace(table, context=table.context[::-1] * 5.0)
-    _, metrics = rl.ppo_loss(TOY, agent, runner.params, other, flat, flat.reward, flat.reward)
+    other = dataclasses.replace(flat, advised=~flat.advised)
+    _, metrics = rl.ppo_loss(TOY, agent, runner.params, table, other, flat.reward, flat.reward)
     assert abs(float(metrics["approx_kl"])) > 1e-6  # the context matters, so the check above can fail
 
 
 # ------------------------------------------------------------------------------------------------------------- the table
 
 
-def lookup(records, *situations, draw=0, tolerance=0):
-    table = records.table()
-    facts = jnp.asarray(np.stack([key_of(s) for s in situations]))
+def advised(records, *situations, tolerance=0):
+    """Names of the sub-goals that the device advises in each situation, all advice shown."""
     args = dataclasses.replace(TOY, guidance_tolerance=tolerance)
-    return rl.nearest_slot(args, table, rl.make_index(table), facts, jnp.full(len(situations), draw)).tolist()
+    table, facts = records.best_table(), jnp.asarray(np.stack([key_of(s) for s in situations]))
+
+    class Env:
+        facts = staticmethod(lambda obs: obs > 0)
+
+    agent = dataclasses.make_dataclass("Agent", ["env"])(Env)
+    lookup = rl.make_lookup(args, agent, table, jax.random.key(0), facts.astype(jnp.uint8))
+    found = np.asarray(rl.find_advice(args, agent, table, lookup, facts.astype(jnp.uint8)))
+    return [{SUB_GOALS[i] for i in np.flatnonzero(row)} for row in found]
 
 
-NONE = 8 * 2  # the last slot of 8 rows with 2 candidates
-
-
-def test_a_row_serves_every_state_that_shares_the_facts_it_cares_about():
+def test_advice_serves_every_state_that_shares_the_facts_it_rests_on():
     records = rl.Records(TOY, 3, (2,))
-    store(records, 3, 0, key_of(["tree in view", "dark"]), ["chop tree"], [("tree in view", True), ("wood >= 1", False)])
-    assert lookup(records, ["tree in view"], ["tree in view", "coal in view"]) == [6, 6]
-    assert lookup(records, ["tree in view", "wood >= 1"], ["dark"], ["tree in view", "zombie near"]) == [NONE] * 3
+    store(records, key_of(["tree in view", "dark"]), {"chop tree": [("tree in view", True), ("wood >= 1", False)]})
+    assert advised(records, ["tree in view"], ["tree in view", "coal in view"]) == [{"chop tree"}] * 2
+    assert advised(records, ["tree in view", "wood >= 1"], ["dark"]) == [set()] * 2
 
 
 def test_the_tolerance_is_in_wrong_facts():
     records = rl.Records(TOY, 3, (2,))
-    store(records, 0, 0, key_of(["tree in view"]), ["chop tree"], [("tree in view", True), ("wood >= 1", False)])
+    store(records, key_of(["tree in view"]), {"chop tree": [("tree in view", True), ("wood >= 1", False)]})
     situations = (["tree in view", "wood >= 1"], ["wood >= 1"])
-    assert lookup(records, *situations) == [NONE, NONE]
-    assert lookup(records, *situations, tolerance=1) == [0, NONE]
-    assert lookup(records, *situations, tolerance=2) == [0, 0]
+    assert advised(records, *situations) == [set(), set()]
+    assert advised(records, *situations, tolerance=1) == [{"chop tree"}, set()]
+    assert advised(records, *situations, tolerance=2) == [{"chop tree"}] * 2
 
 
-def test_of_the_rows_that_fit_the_one_that_cares_most_wins():
+def test_all_advice_that_fits_is_given():
     records = rl.Records(TOY, 3, (2,))
-    store(records, 0, 0, key_of(["tree in view"]), ["chop tree"], [("tree in view", True)])
-    store(records, 1, 0, key_of(["tree in view", "dark"]), ["sleep"], [("tree in view", True), ("dark", True)])
-    assert lookup(records, ["tree in view", "dark"], ["tree in view"]) == [2, 0]
+    store(records, key_of(["tree in view", "dark"]), TREE | {"sleep": [("dark", True)]})
+    assert advised(records, ["tree in view", "dark"], ["tree in view"], []) == [{"chop tree", "sleep"}, {"chop tree"}, set()]
 
 
-def test_an_exact_row_wins_over_a_nearer_wrong_one():
-    records = rl.Records(TOY, 3, (2,))
-    store(records, 0, 0, key_of(FACTS[:40]), ["sleep"], [])  # cares about everything
-    store(records, 1, 0, key_of([]), ["chop tree"], [("dark", False)])
-    one_off = list(FACTS[:39])
-    assert lookup(records, [n for n in one_off if not n.endswith("low") and n != "zombie near"], tolerance=3) == [2]
-
-
-def test_candidates_are_drawn_per_env_and_absent_ones_never():
-    records = rl.Records(TOY, 3, (2,))
-    store(records, 0, 0, key_of(EMPTY_TREE), ["chop tree"], [("tree in view", True)])
-    assert {lookup(records, EMPTY_TREE, draw=d)[0] for d in range(4)} == {0}
-    store(records, 0, 1, key_of(EMPTY_TREE), ["drink water"], [("tree in view", True)])
-    assert {lookup(records, EMPTY_TREE, draw=d)[0] for d in range(4)} == {0, 1}
+def test_device_and_host_agree_on_what_fits():
+    records, rng = rl.Records(TOY, 3, (2,)), np.random.default_rng(0)
+    for goal in SUB_GOALS[:8]:
+        facts = rng.random(len(FACTS)) < 0.5
+        store(records, facts, {goal: [(FACTS[i], bool(facts[i])) for i in rng.choice(len(FACTS), 2, replace=False)]})
+    facts = rng.random((64, len(FACTS))) < 0.5
+    host = [{SUB_GOALS[g] for g in records.goal[row]} for row in records.fits(facts)]
+    assert host == advised(records, *[[FACTS[i] for i in np.flatnonzero(f)] for f in facts])
+    assert 0 < sum(map(len, host)) < 64 * 8
 
 
 def test_an_empty_table_guides_nobody():
     records = rl.Records(TOY, 3, (2,))
-    assert lookup(records, EMPTY_TREE, []) == [NONE, NONE]
-    table = records.table()
-    assert not np.asarray(table.context).any() and not np.asarray(table.goals).any()
+    assert advised(records, EMPTY_TREE, []) == [set(), set()]
+
+
+def test_the_same_advice_takes_one_row():
+    records = rl.Records(TOY, 3, (2,))
+    first = store(records, key_of(EMPTY_TREE), TREE)
+    assert store(records, key_of([*EMPTY_TREE, "dark"]), TREE) == first and records.valid.sum() == 1
+    assert store(records, key_of(EMPTY_TREE), {"sleep": TREE["chop tree"]}) != first
+    store(records, key_of([]), {"chop tree": [("tree in view", False)]})
+    assert records.valid.sum() == 3
 
 
 def test_reasons_that_are_not_so_are_dropped_and_no_reasons_mean_all_facts():
     records = rl.Records(TOY, 3, (2,))
-    store(records, 0, 0, key_of(EMPTY_TREE), ["chop tree"], [("tree in view", True), ("dark", True)])
-    assert set(np.flatnonzero(records.care[0])) == {FACT_INDEX["tree in view"], *ALWAYS_CARED}
-    store(records, 1, 0, key_of(EMPTY_TREE), ["chop tree"], [("dark", True)])
+    store(records, key_of(EMPTY_TREE), {"chop tree": [("tree in view", True), ("dark", True)], "sleep": [("dark", True)]})
+    assert np.flatnonzero(records.care[0]).tolist() == [FACT_INDEX["tree in view"]]
     assert records.care[1].all()
+
+
+def test_a_full_table_gives_up_the_row_that_is_used_least():
+    records = rl.Records(TOY, 3, (2,))
+    for row in range(8):
+        assert store(records, key_of([FACTS[row]]), {"chop tree": []}) == [row]
+    records.visits[:, 1] = [9, 8, 1, 7, 6, 5, 4, 3]
+    assert store(records, key_of(["dark"]), {"sleep": []}) == [2]
+    assert records.valid.all() and records.visits[2].sum() == 0
+    many = {goal: [("dark", True)] for goal in SUB_GOALS[:12]}
+    assert len(store(records, key_of(["dark"]), many)) == 8  # an answer larger than the table
+
+
+def test_the_context_is_the_embedding_of_the_advised_sub_goals():
+    records = rl.Records(TOY, 3, (2,))
+    rows = jnp.asarray(np.isin(np.arange(len(SUB_GOALS)), [0, 4]))[None]
+    context = np.asarray(rl.guidance_context(None, records.table(), None, rows))[0]
+    expected = llm_client.embed_sub_goals(llm_client.HashEmbedding(384), [0, 4]) * np.sqrt(384)
+    np.testing.assert_allclose(context, expected, atol=1e-4)
+    assert not np.asarray(rl.guidance_context(None, records.table(), None, jnp.zeros((1, len(SUB_GOALS)), bool))).any()
+
+
+def rolled(args, records, agent, runner, table=None):
+    table = table or records.best_table()
+    return rl.rollout(args, agent, runner, table, lookup_of(args, agent, table, runner))[1]
 
 
 def test_without_guidance_a_bonus_counts_for_every_sub_goal():
     args = dataclasses.replace(TOY, guidance="none", guidance_bonus=0.5)
-    _, runner, records = setup(args)
     agent, runner, records = setup(args)
-    table = records.table()
-    _, transitions, _ = rl.rollout(args, agent, runner, table, rl.make_index(table), jnp.zeros(8, jnp.int32))
+    transitions = rolled(args, records, agent, runner)
     np.testing.assert_allclose(transitions.reward, transitions.env_reward * 1.5)
     assert rl.Args(guidance="none").bonus == 0.0 and rl.Args().bonus > 0.0
 
 
 def test_the_bonus_is_for_advised_sub_goals_only():
     agent, runner, records = setup(TOY)
-    store(records, 0, 0, key_of(EMPTY_TREE), ["chop tree"], [("tree in view", True)])
-    store(records, 1, 0, key_of(["water in view"]), ["chop tree"], [("water in view", True)])
-    table = records.table()
-    _, t, _ = rl.rollout(TOY, agent, runner, table, rl.make_index(table), jnp.zeros(8, jnp.int32))
+    store(records, key_of(EMPTY_TREE), TREE | {"sleep": [("water in view", False)]})
+    t = rolled(TOY, records, agent, runner)
     chopped = np.asarray(t.reached)[..., SUB_GOAL_INDEX["chop tree"]]
     drunk = np.asarray(t.reached)[..., SUB_GOAL_INDEX["drink water"]]
     assert chopped.any() and drunk.any()
     np.testing.assert_allclose(t.reward - t.env_reward, chopped * TOY.bonus, atol=1e-6)
-    assert (np.asarray(t.success) <= chopped).all()
 
 
-def test_pause_lookup_keeps_the_slot_for_the_whole_phase():
-    args = dataclasses.replace(TOY, guidance_lookup="pause")
+def test_pause_lookup_keeps_the_advice_for_the_whole_phase():
+    args = dataclasses.replace(TOY, guidance_lookup="pause", candidates=1)
     agent, runner, records = setup(args)
-    store(records, 0, 0, key_of(EMPTY_TREE), ["chop tree"], [("tree in view", True)])
-    store(records, 1, 0, key_of(["water in view"]), ["drink water"], [("water in view", True)])
+    tree, lake = store(records, key_of([]), {"chop tree": [], "drink water": []})
+    records.care[:] = key_of(["tree in view"])  # whatever they see later, envs keep what they saw at the pause
+    records.keys[tree] = key_of(EMPTY_TREE)
     target = np.asarray(runner.env_state.target)
-    runner, _, outcomes, _ = rl.train_phase(args, agent, runner, records.table(), jnp.int32(2))
-    np.testing.assert_array_equal(runner.slot, target * 2)
-    steps = np.asarray(outcomes["steps"])
-    assert steps[0] == (target == 0).sum() * 32 and steps[2] == (target == 1).sum() * 32
+    t = rolled(args, records, agent, runner)
+    np.testing.assert_array_equal(np.asarray(t.advised)[:, :, SUB_GOAL_INDEX["chop tree"]], np.tile(target == 0, (16, 1)))
+    _, _, outcomes, _ = rl.train_phase(args, agent, runner, records.table(), jnp.int32(2))
+    assert np.asarray(outcomes["steps"])[tree].tolist() == [0, (target == 0).sum() * 32]
+    assert np.asarray(outcomes["steps"])[lake].tolist() == [0, (target == 1).sum() * 32]
 
 
-# ------------------------------------------------------------------------------------------------ outcomes and candidates
+# -------------------------------------------------------------------------------------------------- outcomes and trials
 
 
 def test_outcomes_count_visits_returns_at_entry_and_what_was_reached():
+    """Two envs, four steps; the row fits where a tree is in view; it is hidden from the second env."""
     args = dataclasses.replace(TOY, gamma=0.5)
-    agent, runner, records = setup(args)
-    slot = jnp.array([[0, 1], [0, 1], [2, 1]])
-    zeros = jnp.zeros((3, 2))
+    agent, _, records = setup(args)
+    (row,) = store(records, key_of(EMPTY_TREE), TREE)
+    target = jnp.array([[1, 1], [0, 0], [0, 1], [1, 0]])  # 0: a tree
+    zeros = jnp.zeros((4, 2))
+    reached = jnp.zeros((4, 2, NUM_BASIC), bool).at[1, 0, 0].set(True).at[2, 0, 0].set(True).at[2, 1, 0].set(True)
     transitions = rl.Transition(
-        obs=jnp.zeros((3, 2, 2), jnp.uint8), slot=slot, action=jnp.zeros((3, 2), jnp.int32), log_prob=zeros, value=zeros,
-        reward=zeros + 9.0, env_reward=jnp.array([[1.0, 0.0], [0.0, 2.0], [4.0, 0.0]]), done=jnp.zeros((3, 2), bool),
-        entered=jnp.array([[True, True], [False, False], [True, False]]), success=jnp.array([[False, True], [False] * 2, [False] * 2]),
-        reached=jnp.zeros((3, 2, NUM_BASIC), bool).at[0, 1, 4].set(True),
+        obs=jnp.stack([target, jnp.zeros_like(target)], -1).astype(jnp.uint8), advised=jnp.zeros((4, 2, 31), bool),
+        action=jnp.ones((4, 2), jnp.int32), log_prob=zeros, value=zeros, reward=zeros + 9.0,
+        env_reward=jnp.array([[5.0, 0.0], [1.0, 2.0], [0.0, 0.0], [4.0, 8.0]]), done=jnp.zeros((4, 2), bool), reached=reached,
     )  # fmt: skip
-    outcomes = {name: np.asarray(v) for name, v in rl.slot_outcomes(args, agent, transitions, 4).items()}
-    assert outcomes["visits"].tolist() == [1, 1, 1, 0] and outcomes["steps"].tolist() == [2, 3, 1, 0]
-    assert outcomes["returns"].tolist() == [1 + 0.25 * 4, 0.5 * 2, 4, 0]  # environment's reward, no bonus, no value
-    assert outcomes["successes"].tolist() == [0, 1, 0, 0]
-    assert outcomes["reached"][1, 4] == 1 and outcomes["reached"].sum() == 1
-    assert outcomes["actions"][:, 0].tolist() == [2, 3, 1, 0]
+    table = records.table()
+    lookup = rl.make_lookup(args, agent, table, jax.random.key(0), transitions.obs[0])
+    lookup = dataclasses.replace(lookup, shown=jnp.tile(jnp.array([[True], [False]]), (1, 8)))
+    out = {name: np.asarray(v)[row] for name, v in rl.row_outcomes(args, agent, table, lookup, transitions).items()}
+    assert out["visits"].tolist() == [2, 1] and out["steps"].tolist() == [2, 2]  # [hidden, shown]
+    assert out["returns"].tolist() == [2 + 8 / 4 + 8, 1 + 4 / 4]  # environment's reward, no bonus, no value
+    assert out["squares"].tolist() == [16 + 64, 4]
+    assert out["successes"].tolist() == [0, 1]  # once a visit; the other env reached it outside
+    assert out["reached"][1, 0] == 2 and out["reached"].sum() == 2 and out["actions"][:, 1].tolist() == [2, 2]
+    ended = dataclasses.replace(transitions, done=transitions.done.at[1, 0].set(True))
+    again = rl.row_outcomes(args, agent, table, lookup, ended)
+    assert np.asarray(again["visits"])[row].tolist() == [2, 2]  # a new episode in the same situation is a new visit
 
 
 def with_outcomes(visits, means, variances):
     records = rl.Records(TOY, 3, (2,))
-    for c, name in enumerate(("chop tree", "drink water")):
-        store(records, 0, c, key_of(EMPTY_TREE), [name], [("tree in view", True)])
+    store(records, key_of(EMPTY_TREE), TREE)
     records.visits[0], records.returns[0] = visits, np.array(visits) * means
     records.squares[0] = np.array(visits) * (np.array(variances) + np.array(means) ** 2)
     return records
 
 
-def test_a_candidate_wins_only_with_enough_visits_and_a_clear_lead():
-    assert with_outcomes([100, 100], [1.0, 2.0], [1.0, 1.0]).decided() == [(0, 1, 0)]
-    assert with_outcomes([100, 100], [2.0, 1.0], [1.0, 1.0]).decided() == [(0, 0, 1)]
-    assert with_outcomes([100, 10], [1.0, 2.0], [1.0, 1.0]).decided() == []
-    assert with_outcomes([100, 100], [1.0, 1.05], [1.0, 1.0]).decided() == []
+@pytest.mark.parametrize(
+    ("visits", "means", "show", "kept"),
+    [
+        ([100, 100], [1.0, 2.0], 1.0, True), ([100, 100], [2.0, 1.0], rl.HIDE, False),
+        ([10, 100], [1.0, 2.0], 1 - rl.HIDE, True), ([100, 100], [1.0, 1.1], 1 - rl.HIDE, True),
+        ([100, 10], [2.0, 1.0], 1 - rl.HIDE, True),
+    ],
+)  # fmt: skip
+def test_advice_is_judged_only_with_enough_visits_and_a_clear_lead(visits, means, show, kept):
+    records = with_outcomes(visits, means, [1.0, 1.0])
+    assert float(records.table().show[0]) == pytest.approx(show)
+    assert bool(records.best_table().show[0]) == kept
 
 
-def test_evaluation_uses_the_winner():
+def test_without_trials_all_advice_is_shown():
+    records = rl.Records(dataclasses.replace(TOY, candidates=1), 3, (2,))
+    assert np.asarray(records.table().show).all()
+
+
+@pytest.mark.parametrize(("analysis", "expected"), [("It should chop tree.", 1), ("It should sleep.", 0)])
+def test_the_adapter_learns_from_what_it_named_and_what_won(analysis, expected):
     records = with_outcomes([100, 100], [1.0, 2.0], [1.0, 1.0])
-    best = records.best_table()
-    assert np.asarray(best.goals[0]).nonzero()[0].tolist() == [SUB_GOAL_INDEX["drink water"]]
-    np.testing.assert_array_equal(best.context[0], records.context[0, 1])
-    assert best.context.shape[0] == 8 + 1
-
-
-def test_the_winner_is_what_the_adapter_learns_from():
-    records = with_outcomes([100, 100], [1.0, 2.0], [1.0, 1.0])
-    records.analyses[0] = ["loser", "winner"]
+    records.analyses[0] = analysis
     seen = []
 
     class Spy(rladapter_adapter.NoAdapter):
@@ -292,82 +340,102 @@ def test_the_winner_is_what_the_adapter_learns_from():
             return {}
 
     rl.finetune(records, Spy(), jax.random.key(0))
-    assert seen == [("prompt", "winner")]
+    assert seen == [("prompt", analysis)] * expected
+    records.returns[0] = records.returns[0][::-1]  # now it lost
+    rl.finetune(records, Spy(), jax.random.key(0))
+    assert len(seen) == expected
 
 
 def test_comprehension_scores():
-    records = with_outcomes([10, 10], [0.0, 0.0], [1.0, 1.0])
-    records.steps[0] = 10
-    records.reached[0, 0, SUB_GOAL_INDEX["chop tree"]] = 10
-    records.successes[0, 0] = 5
+    records = with_outcomes([0, 10], [0.0, 0.0], [1.0, 1.0])
+    records.steps[0, 1] = 10
+    records.reached[0, 1, SUB_GOAL_INDEX["chop tree"]] = 10
+    records.successes[0, 1] = 5
     args = {c: dataclasses.replace(TOY, comprehension=c) for c in ("cosine", "binary", "success", "none", "cosine-actions")}
     score = {c: rl.comprehension_scores(a, records) for c, a in args.items() if c != "cosine-actions"}
     low, high = 1 / (1 + np.exp(1)), 1 / (1 + np.exp(-9))  # cosine 0 and 1
-    np.testing.assert_allclose(score["cosine"][0], [(low + high) / 2, low], atol=1e-4)
-    assert score["binary"][0].tolist() == [1, 0] and score["success"][0].tolist() == [0.5, 0]
+    assert score["cosine"][0] == pytest.approx((low + high) / 2, abs=1e-4)
+    assert score["binary"][0] == 1 and score["success"][0] == 0.5
     assert np.isnan(score["none"]).all() and all(np.isnan(score[c][1:]).all() for c in score)
-    records.actions[0, 0] = [3, 0, 1]
-    actions = rl.comprehension_scores(args["cosine-actions"], records)[0, 0]
-    assert 0 < actions < 1
+    records.actions[0, 1] = [3, 0, 1]
+    assert 0 < rl.comprehension_scores(args["cosine-actions"], records)[0] < 1
+    records.reached[0, 1] = np.roll(records.reached[0, 1], 7)
+    assert rl.comprehension_scores(args["cosine"], records)[0] < score["cosine"][0]
 
 
 # ---------------------------------------------------------------------------------------------------------------- a pause
 
 
-def test_queries_go_to_the_most_frequent_situations_without_a_row():
+def select(records, *situations, **changes):
+    facts = np.stack([key_of(s) for s in situations])
+    return rl.select_queries(dataclasses.replace(TOY, **changes), records, np.zeros((len(facts), 2), np.uint8), facts)
+
+
+def test_queries_go_to_the_situations_most_unlike_those_asked_about():
     records = rl.Records(TOY, 3, (2,))
-    store(records, 0, 0, key_of(EMPTY_TREE), ["chop tree"], [("tree in view", True), ("water in view", False), ("dark", False)])
-    facts = np.stack([key_of(["tree in view"])] * 5 + [key_of(["water in view"])] * 3 + [key_of(["dark", "water in view"])] * 4)
-    queries = rl.select_queries(TOY, records, np.zeros((12, 2), np.uint8), facts)
-    asked = [set(np.flatnonzero(q.facts)) for q in queries if q.candidate == 0]
-    assert asked == [{FACT_INDEX["water in view"], FACT_INDEX["dark"]}, {FACT_INDEX["water in view"]}]
-    assert all(q.row != 0 for q in queries)
-    assert queries[0].sub_goals == [SUB_GOAL_INDEX["chop tree"]] and queries[0].comprehension is None
+    because = [(name, False) for name in ("water in view", "dark", "coal in view")] + [("tree in view", True)]
+    store(records, key_of(EMPTY_TREE), {"chop tree": because})
+    near, far = ["tree in view", "dark"], ["water in view", "dark", "coal in view"]
+    queries = select(records, EMPTY_TREE, near, near, near, far, [*EMPTY_TREE, "asleep"])
+    assert [set(np.flatnonzero(q.facts)) for q in queries] == [{FACT_INDEX[n] for n in far}, {FACT_INDEX[n] for n in near}]
+    assert queries[0].sub_goals == [] and queries[0].comprehension is None
+    assert len(select(records, near, far, queries_per_phase=1)) == 1
+    records.remember(key_of(near))
+    records.remember(key_of(far))
+    assert select(records, EMPTY_TREE, near, far) == []
 
 
-def test_frequent_rows_get_a_second_candidate_and_a_beaten_one_is_asked_anew():
+def test_of_situations_as_unlike_the_most_frequent_comes_first():
     records = rl.Records(TOY, 3, (2,))
-    store(records, 0, 0, key_of(EMPTY_TREE), ["chop tree"], [("tree in view", True)])
-    records.visits[0, 0] = 1000
-    again = rl.select_queries(TOY, records, np.zeros((1, 2), np.uint8), key_of(EMPTY_TREE)[None])
-    assert [(q.row, q.candidate) for q in again] == [(0, 1)]
-    records = with_outcomes([100, 100], [2.0, 1.0], [1.0, 1.0])
-    again = rl.select_queries(TOY, records, np.zeros((1, 2), np.uint8), key_of(EMPTY_TREE)[None])
-    assert [(q.row, q.candidate) for q in again] == [(0, 1)]
+    queries = select(records, ["dark"], ["asleep"], ["asleep"], queries_per_phase=1)
+    assert np.flatnonzero(queries[0].facts).tolist() == [FACT_INDEX["asleep"]]
 
 
-def test_a_full_table_gives_up_the_rows_that_are_used_least():
-    records = rl.Records(TOY, 3, (2,))
-    for row in range(8):
-        store(records, row, 0, key_of([FACTS[row]]), ["chop tree"], [])
-        records.visits[row, 0] = 100 - row
-    assert rl.free_rows(records, 2) == [7, 6]
+def test_frequent_advice_that_is_not_understood_is_asked_about_again_with_its_score():
+    records = with_outcomes([0, 1000], [0.0, 1.0], [1.0, 1.0])
+    records.steps[0, 1] = 2000
+    (again,) = select(records, EMPTY_TREE)
+    assert again.sub_goals == [SUB_GOAL_INDEX["chop tree"]] and again.times_asked == 1
+    assert again.comprehension == pytest.approx(1 / (1 + np.e))
+    assert select(records, EMPTY_TREE)[0].times_asked == 2
+    records.reached[0, 1, 0] = records.successes[0, 1] = 1000
+    assert select(records, EMPTY_TREE) == []
 
 
-class FailingGuide:
-    name = "failing"
+class FixedGuide:
+    name = "fixed"
 
-    def __init__(self, replies):
+    def __init__(self, *replies):
         self.replies = replies
 
     def complete(self, batch, samples):
-        return self.replies[: len(batch)]
+        return list(self.replies[: len(batch)])
 
 
-def test_a_reply_that_cannot_be_used_leaves_the_row_as_it_was_and_is_counted():
-    records = rl.Records(TOY, 3, (2,))
-    store(records, 0, 0, key_of(EMPTY_TREE), ["chop tree"], [("tree in view", True)])
-    before = {name: value.copy() for name, value in records.arrays.items()}
-    guide = FailingGuide([llm_client.Reply(text="I can't help with that."), llm_client.Reply(error="503", calls=1)])
-    queries = [query(0, 1, key_of(EMPTY_TREE)), query(1, 0, key_of(["dark"]))]
+def refine(records, guide, *queries):
     env = make_env("Toy-v0", 8)
-    log, metrics = rl.refine_guidance(
-        TOY, env, 0, records, queries, rladapter_adapter.NoAdapter(), guide, llm_client.HashEmbedding(384), jax.random.key(0)
-    )
+    return rl.refine_guidance(TOY, env, 0, records, list(queries), rladapter_adapter.NoAdapter(), guide, jax.random.key(0))
+
+
+def test_a_reply_that_cannot_be_used_leaves_the_table_as_it_was_and_is_counted():
+    records = rl.Records(TOY, 3, (2,))
+    store(records, key_of(EMPTY_TREE), TREE)
+    before = {name: value.copy() for name, value in records.arrays.items()}
+    guide = FixedGuide(llm_client.Reply(text="I can't help with that."), llm_client.Reply(error="503", calls=1))
+    log, metrics = refine(records, guide, query(key_of(EMPTY_TREE)), query(key_of(["dark"])))
     assert metrics["llm/failures"] == 2 and metrics["guidance/valid_replies"] == 0 and all(r["error"] for r in log)
     for name, value in records.arrays.items():
         np.testing.assert_array_equal(value, before[name])
     json.dumps(log)
+
+
+def test_an_answer_goes_from_the_guide_into_the_table():
+    records = rl.Records(TOY, 3, (2,))
+    reply = llm_client.Reply(text='{"sub_goals": {"chop tree": ["tree in view"]}}', calls=1, prompt_tokens=7)
+    log, metrics = refine(records, FixedGuide(reply), query(key_of([*EMPTY_TREE, "dark"])))
+    assert advised(records, EMPTY_TREE, ["dark"]) == [{"chop tree"}, set()]
+    assert metrics["llm/calls"] == 1 and metrics["llm/prompt_tokens"] == 7 and metrics["llm/failures"] == 0
+    assert log[0]["sub_goals"] == ["chop tree"] and log[0]["because"] == [["tree in view"]] and log[0]["rows"] == [0]
 
 
 # ----------------------------------------------------------------------------------------------------------------- phases
@@ -388,7 +456,6 @@ def test_the_craftax_runner_has_no_weak_types():
     """They would compile the phase twice."""
     args = rl.Args(num_envs=8, num_steps=8)
     env = make_env(args.env_id, args.num_envs)
-    agent, params = jax.eval_shape(lambda: (0, 0)), None
     agent, params = rl.make_agent(args, env, jax.random.key(0))
     shapes = jax.eval_shape(lambda k: rl.init_runner(args, agent, params, k), jax.random.key(1))
     assert not [x for x in jax.tree.leaves(shapes) if getattr(x, "weak_type", False)]
@@ -399,7 +466,7 @@ def test_it_learns_the_toy_game(guidance):
     args = dataclasses.replace(TOY, guidance=guidance, total_timesteps=8 * 16 * 60, updates_per_phase=59, eval_episodes=64)
     agent, runner, records = setup(args)
     if guidance == "full":
-        store(records, 0, 0, key_of(EMPTY_TREE), ["chop tree"], [("tree in view", True)])
+        store(records, key_of(EMPTY_TREE), TREE)
     untrained = rl.evaluate(args, agent, runner.params, records.best_table(), jax.random.key(5))
     runner, _, _, _ = rl.train_phase(args, agent, runner, records.table(), jnp.int32(59))
     trained = rl.evaluate(args, agent, runner.params, records.best_table(), jax.random.key(5))
@@ -445,7 +512,7 @@ def test_the_critic_finds_the_known_value_of_a_probe_env():
     runner = rl.init_runner(args, agent, params, jax.random.key(1))
     table = rl.Records(args, 2, (1,)).table()
     runner, metrics, _, _ = rl.train_phase(args, agent, runner, table, jnp.int32(60))
-    _, value = agent(runner.params, table, jnp.arange(4, dtype=jnp.uint8)[:, None], jnp.zeros(4, jnp.int32))
+    _, value = agent(runner.params, table, jnp.arange(4, dtype=jnp.uint8)[:, None], jnp.zeros((4, 31), bool))
     np.testing.assert_allclose(value, [1.875, 1.75, 1.5, 1.0], atol=0.1)
 
 

@@ -265,8 +265,8 @@ POSSIBLE: dict[str, tuple[str, ...]] = {
     "mine diamond": ("unlocked make iron pickaxe", "diamond in view"),
     "make iron pickaxe": _IRON_TOOL, "make iron sword": _IRON_TOOL,
 }  # fmt: skip
-# (sub-goal, when it is wise), the most urgent first: a life in danger, what the analysis names (`advise`), the next tool,
-# then what it takes, then what earns a first reward. Where a thing need not be in view for its sub-goal to be
+# (sub-goal, when it is wise), the most urgent first: a life in danger, what the analysis names (`advise`), the next
+# tool, then what it takes, then what earns a first reward. Where a thing need not be in view for its sub-goal to be
 # wise the list does not ask for it: the player sees for itself, and the fewer facts a piece of advice rests on, the
 # more situations it serves.
 URGENT = (

@@ -128,7 +128,7 @@ class Args:
     """size of the guidance table, in pieces of advice"""
     updates_per_phase: int = 8
     """PPO updates between two pauses"""
-    queries_per_phase: int = 28
+    queries_per_phase: int = 16
     """LLM calls per pause, at most"""
     candidates: int = 2
     """2: every piece of advice is tried against saying nothing, in one env of eight; 1: no trials"""
@@ -175,7 +175,8 @@ def check_args(args: Args) -> None:
         ("total_timesteps", 1, 10**15), ("num_envs", 1, 2**20), ("num_steps", 2, 2**20), ("num_minibatches", 1, 2**20),
         ("update_epochs", 1, 1000), ("hidden_size", 1, 2**16), ("guidance_rows", 1, 2**16), ("candidates", 1, 2),
         ("updates_per_phase", 1, 10**6), ("queries_per_phase", 0, 10**6), ("eval_episodes", 1, 10**7),
-        ("save_every", 1, 10**9), ("sft_every", 0, 10**9), ("guidance_tolerance", 0, len(FACTS)), ("seed", 0, 2**32 - 1),
+        ("save_every", 1, 10**9), ("sft_every", 0, 10**9), ("seed", 0, 2**32 - 1),
+        ("guidance_tolerance", 0, len(FACTS)),
         ("gamma", 0, 1), ("gae_lambda", 0, 1), ("learning_rate", 0, 10), ("clip_coef", 0, 10), ("ent_coef", 0, 10),
         ("vf_coef", 0, 100), ("max_grad_norm", 0, 10**6), ("bonus", 0, 100),
     ):  # fmt: skip
@@ -189,7 +190,9 @@ def check_args(args: Args) -> None:
             f"divided into {args.num_minibatches} minibatches; change --num-envs, --num-steps or --num-minibatches"
         )
     if args.batch_size * 200 > 64 * 2**30:
-        raise ValueError(f"--num-envs, --num-steps: a batch of {args.batch_size} samples is too large; choose smaller ones")
+        raise ValueError(
+            f"--num-envs, --num-steps: a batch of {args.batch_size} samples is too large; choose smaller ones"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -258,7 +261,7 @@ class Runner:
 
 
 class ActorCritic(nnx.Module):
-    """Features and context are summed in the first layer (as in the paper), then actor and critic have one of their own."""
+    """Features and context are summed in the first layer, as in the paper; actor and critic have one of their own."""
 
     def __init__(self, num_features: int, context_dim: int, num_actions: int, width: int, rngs: nnx.Rngs):
         hidden_init = nnx.initializers.orthogonal(math.sqrt(2.0))
@@ -351,8 +354,8 @@ def init_runner(args: Args, agent: Agent, params: Pytree, key: jax.Array) -> Run
 
 HIDDEN, SHOWN = 0, 1  # the two candidates of a row: saying nothing, giving its advice
 HIDE = 1 / 8  # share of the envs that are not given a piece of advice on trial
-MIN_VISITS = 30  # of each of the two before they are compared
-MARGIN = 2.0  # standard errors by which the better one must lead
+MIN_VISITS = 10  # of each of the two in a phase before that phase counts in their comparison
+MARGIN = 3.0  # standard errors by which the better one must lead: many are watched, and every phase
 SAMPLES_PER_UPDATE = 256  # situations kept of each rollout, for the next pause to choose from
 OLD = 0.9  # what a visit of the phase before still counts: the policy it came from is gone
 MEMORY = 4096  # situations asked about that are remembered
@@ -378,6 +381,7 @@ class Records:
             "successes": np.zeros((rows, 2), np.float64),
             "reached": np.zeros((rows, 2, NUM_BASIC), np.float64),
             "actions": np.zeros((rows, 2, num_actions), np.float64),
+            "evidence": np.zeros((rows, 2), np.float64),  # sums over phases of difference / variance, 1 / variance
             "asked": np.zeros((MEMORY, len(FACTS)), bool),
             "num_asked": np.zeros((), np.int64),
         }
@@ -411,15 +415,18 @@ class Records:
         return self.valid & ~wrong.any(-1)
 
     def lead(self) -> np.ndarray:
-        """(K,) standard errors by which the return with a row's advice leads that without; 0 where not comparable."""
-        visits = np.maximum(self.visits, 1)
-        mean = self.returns / visits
-        variance = np.maximum(self.squares / visits - mean**2, 1e-6) / visits
-        lead = (mean[:, SHOWN] - mean[:, HIDDEN]) / np.sqrt(variance.sum(1))
-        return np.where((self.visits >= MIN_VISITS).all(1), lead, 0.0)
+        """(K,) standard errors by which the return with a row's advice leads that without; 0 where not compared yet."""
+        return self.evidence[:, 0] / np.sqrt(np.maximum(self.evidence[:, 1], 1e-9))
 
     def add_outcomes(self, outcomes: dict[str, np.ndarray]) -> None:
-        """Fold in one phase's sums; older ones fade."""
+        """Fold in one phase's sums; older ones fade.
+
+        With and without advice are compared within the phase: returns grow while the policy learns, and so does the
+        share of envs that are given advice that works; sums over phases would mistake the one for the other.
+        """
+        self.arrays["evidence"] *= OLD
+        if outcomes:
+            self.arrays["evidence"] += phase_evidence(outcomes)
         for name, sums in outcomes.items():
             self.arrays[name] *= OLD
             self.arrays[name] += np.asarray(sums, np.float64)
@@ -427,6 +434,16 @@ class Records:
     def remember(self, facts: np.ndarray) -> None:
         self.asked[int(self.num_asked) % MEMORY] = facts
         self.arrays["num_asked"] += 1
+
+
+def phase_evidence(outcomes: dict[str, Any]) -> np.ndarray:
+    """(K, 2) of one phase: difference of the mean returns (shown - hidden) / its variance, and 1 / its variance."""
+    visits, returns, squares = (np.asarray(outcomes[name], np.float64) for name in ("visits", "returns", "squares"))
+    n = np.maximum(visits, 1)
+    mean = returns / n
+    variance = (np.maximum(squares / n - mean**2, 1e-4) / n).sum(1)
+    precision = np.where((visits >= MIN_VISITS).all(1), 1 / variance, 0.0)
+    return np.stack([(mean[:, SHOWN] - mean[:, HIDDEN]) * precision, precision], 1)
 
 
 @dataclass
@@ -567,7 +584,8 @@ def refine_guidance(
     metrics = {
         "llm/calls": sum(r.calls for r in replies), "llm/cache_hits": sum(r.cached for r in replies),
         "llm/prompt_tokens": sum(r.prompt_tokens for r in replies), "llm/failures": failures,
-        "llm/completion_tokens": sum(r.completion_tokens for r in replies), "llm/seconds": sum(r.seconds for r in replies),
+        "llm/completion_tokens": sum(r.completion_tokens for r in replies),
+        "llm/seconds": sum(r.seconds for r in replies),
         "guidance/valid_replies": len(log) - failures, "time/guidance": time.perf_counter() - start,
     }  # fmt: skip
     return log, metrics
@@ -647,7 +665,7 @@ def rows_in_force(args: Args, agent: Agent, lookup: Lookup, obs: jax.Array) -> j
 
 
 def find_advice(args: Args, agent: Agent, table: GuidanceTable, lookup: Lookup, obs: jax.Array) -> jax.Array:
-    """(N, S) sub-goals advised to every env. Without guidance a bonus is for any: all of them, and nothing looked up."""
+    """(N, S) sub-goals advised to every env. Without guidance all are: a bonus is for any, nothing is looked up."""
     if args.guidance != "full":
         return jnp.ones((obs.shape[0], table.goals.shape[1]), bool)
     rows = rows_in_force(args, agent, lookup, obs) & lookup.shown
@@ -717,7 +735,9 @@ def compute_gae(
         advantages, returns: (T, N)
     """
 
-    def step(carry: tuple[jax.Array, jax.Array], x: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def step(
+        carry: tuple[jax.Array, jax.Array], x: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         advantage, next_value = carry
         reward_t, value_t, done_t = x
         delta = reward_t + gamma * next_value * (1.0 - done_t) - value_t
@@ -730,7 +750,13 @@ def compute_gae(
 
 
 def ppo_loss(
-    args: Args, agent: Agent, params: Pytree, table: GuidanceTable, batch: Transition, advantages: jax.Array, returns: jax.Array
+    args: Args,
+    agent: Agent,
+    params: Pytree,
+    table: GuidanceTable,
+    batch: Transition,
+    advantages: jax.Array,
+    returns: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Clipped surrogate, value and entropy loss of one minibatch (B,), and what CleanRL logs about it."""
     logits, value = agent(params, table, batch.obs, batch.advised)
@@ -762,7 +788,9 @@ def update_agent(
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (transitions, advantages, returns))
     optimizer, rate = make_optimizer(args), learning_rate(args, runner.update)
 
-    def minibatch(carry: tuple[Pytree, Pytree], indices: jax.Array) -> tuple[tuple[Pytree, Pytree], dict[str, jax.Array]]:
+    def minibatch(
+        carry: tuple[Pytree, Pytree], indices: jax.Array
+    ) -> tuple[tuple[Pytree, Pytree], dict[str, jax.Array]]:
         params, opt_state = carry
         batch, batch_advantages, batch_returns = jax.tree.map(lambda x: x[indices], flat)
         loss = functools.partial(ppo_loss, args, agent)
@@ -963,7 +991,8 @@ def make_adapter(args: Args, progress: Any) -> Any:
         task = progress.add_task("default adapter", total=None, status="")
         rladapter_adapter.train_default_adapter(
             captions, folder,
-            progress=lambda step, total, loss: progress.update(task, completed=step, total=total, status=f"loss {loss:.2f}"),
+            progress=lambda step, total, loss: progress.update(
+                task, completed=step, total=total, status=f"loss {loss:.2f}"),
         )  # fmt: skip
         progress.remove_task(task)
     return rladapter_adapter.load_adapter(folder, seed=args.seed)
@@ -993,7 +1022,9 @@ class Counters:
             self.values[name] += value
 
 
-def phase_metrics(args: Args, agent: Agent, counters: Counters, sums: dict[str, Any], num_updates: int) -> dict[str, Any]:
+def phase_metrics(
+    args: Args, agent: Agent, counters: Counters, sums: dict[str, Any], num_updates: int
+) -> dict[str, Any]:
     """The tags of one phase from the device's sums; None where no episode ended."""
     sums = {name: np.asarray(value, np.float64) for name, value in sums.items()}
     episodes = float(sums["episodes"])
@@ -1028,7 +1059,8 @@ def outcome_records(phase: int, records: Records, scores: np.ndarray, outcomes: 
             "phase": phase, "row": row, "candidate": candidate, "sub_goal": SUB_GOALS[records.goal[row]],
             "because": literals(records.care[row], records.keys[row]),
             "visits": int(sums["visits"][at]), "steps": int(sums["steps"][at]), "return_mean": mean,
-            "return_variance": max(sums["squares"][at] / visits - mean**2, 0.0), "successes": int(sums["successes"][at]),
+            "return_variance": max(sums["squares"][at] / visits - mean**2, 0.0),
+            "successes": int(sums["successes"][at]),
             "reached": {BASIC_SUB_GOALS[g]: int(n) for g, n in enumerate(sums["reached"][at]) if n},
             "comprehension": None if np.isnan(scores[row]) else float(scores[row]),
         })  # fmt: skip
@@ -1040,7 +1072,9 @@ def guidance_metrics(records: Records, scores: np.ndarray) -> dict[str, Any]:
     weights = np.where(np.isnan(scores), 0, records.visits[:, SHOWN])
     visits, lead = float(records.visits[:, SHOWN].sum()), records.lead()
     return {
-        "guidance/comprehension": float((np.nan_to_num(scores) * weights).sum() / weights.sum()) if weights.sum() else None,
+        "guidance/comprehension": float((np.nan_to_num(scores) * weights).sum() / weights.sum())
+        if weights.sum()
+        else None,
         "guidance/goal_success": float(records.successes[:, SHOWN].sum()) / visits if visits else None,
         "guidance/rows": int(records.valid.sum()),
         "guidance/pairs_decided": int((np.abs(lead) > MARGIN).sum()),
@@ -1098,20 +1132,28 @@ def train(args: Args, folder: Path, resume: bool, progress: Any) -> dict[str, An
     stop = StopRequest(progress.console)
     setup_seconds = time.perf_counter() - start  # reset, the adapter's first training: no part of SPS
     compiled, compile_seconds = ahead_of_time(args, train_phase, args, agent, runner, records.table(), jnp.int32(1))
-    progress.console.print(f"compiled in {compile_seconds:.1f} s; {args.num_phases} phases of {args.updates_per_phase} updates")
+    progress.console.print(
+        f"compiled in {compile_seconds:.1f} s; {args.num_phases} phases of {args.updates_per_phase} updates"
+    )
     counters.add(compile_seconds=compile_seconds, wall_seconds=compile_seconds)
-    task = progress.add_task("training", total=args.num_updates * args.batch_size, completed=counters["global_step"], status="")
+    task = progress.add_task(
+        "training", total=args.num_updates * args.batch_size, completed=counters["global_step"], status=""
+    )
 
     phase = first_phase - 1
     for phase in range(first_phase, args.num_phases):
         phase_start = time.perf_counter()
         key_phase = jax.random.fold_in(key_host, phase)
-        queries = select_queries(args, records, samples, np.asarray(env_facts(samples))) if args.guidance == "full" else []
+        queries = (
+            select_queries(args, records, samples, np.asarray(env_facts(samples))) if args.guidance == "full" else []
+        )
         answers, asked = refine_guidance(args, env, phase, records, queries, adapter, llm, key_phase)
         log.append("guidance.jsonl", [{"global_step": counters["global_step"]} | answer for answer in answers])
         num_updates = args.updates_in_phase(phase)
         train_start = time.perf_counter()
-        runner, sums, outcomes, samples = jax.block_until_ready(compiled(runner, records.table(), jnp.int32(num_updates)))
+        runner, sums, outcomes, samples = jax.block_until_ready(
+            compiled(runner, records.table(), jnp.int32(num_updates))
+        )
         train_seconds = time.perf_counter() - train_start
         samples = np.resize(np.asarray(samples)[: num_updates * SAMPLES_PER_UPDATE], samples.shape)
         records.add_outcomes(outcomes)
@@ -1120,7 +1162,11 @@ def train(args: Args, folder: Path, resume: bool, progress: Any) -> dict[str, An
         if args.sft_every and (phase + 1) % args.sft_every == 0:
             tuned = finetune(records, adapter, jax.random.fold_in(key_phase, 1))
         record = phase_metrics(args, agent, counters, sums, num_updates)
-        counters.add(llm_calls=asked["llm/calls"], llm_failures=asked["llm/failures"], wall_seconds=time.perf_counter() - phase_start)
+        counters.add(
+            llm_calls=asked["llm/calls"],
+            llm_failures=asked["llm/failures"],
+            wall_seconds=time.perf_counter() - phase_start,
+        )
         sps = counters["global_step"] / (counters["wall_seconds"] - counters["compile_seconds"])
         record |= guidance_metrics(records, scores) | asked | tuned
         record |= {"charts/SPS": sps, "time/train": train_seconds, "time/compile": compile_seconds}
@@ -1143,7 +1189,10 @@ def train(args: Args, folder: Path, resume: bool, progress: Any) -> dict[str, An
     eval_start = time.perf_counter()
     result = evaluate(args, agent, runner.params, records.best_table(), key_eval, lambda done, total: progress.update(
         task, status=f"{done} of {total} episodes"))  # fmt: skip
-    summary = summarise(args, counters, result) | {"eval_seconds": time.perf_counter() - eval_start, "setup_seconds": setup_seconds}
+    summary = summarise(args, counters, result) | {
+        "eval_seconds": time.perf_counter() - eval_start,
+        "setup_seconds": setup_seconds,
+    }
     log.close()
     runs.write_summary(folder, summary)
     return summary
@@ -1165,7 +1214,8 @@ def summarise(args: Args, counters: Counters, result: dict[str, Any]) -> dict[st
         "wall_seconds": counters["wall_seconds"], "compile_seconds": counters["compile_seconds"],
         "llm_calls": counters["llm_calls"], "llm_failures": counters["llm_failures"],
         "seed": args.seed, "env_id": args.env_id, "guidance": args.guidance, "guidance_lookup": args.guidance_lookup,
-        "guidance_bonus": args.bonus, "llm": args.llm if args.guidance == "full" else "none", "llm_model": args.llm_model,
+        "guidance_bonus": args.bonus, "llm": args.llm if args.guidance == "full" else "none",
+        "llm_model": args.llm_model,
         "adapter": args.adapter if args.guidance == "full" else "none", "candidates": args.candidates,
         "sft_every": args.sft_every, "comprehension": args.comprehension,
     }  # fmt: skip
@@ -1181,13 +1231,19 @@ def resumed_args(args: Args, argv: list[str]) -> Args:
     names = {field.name for field in dataclasses.fields(Args)}
     if set(saved) != names:
         odd = ", ".join(sorted(set(saved) ^ names))
-        raise ValueError(f"--resume: {args.resume} was made by another version of this script (flags that differ: {odd})")
+        raise ValueError(
+            f"--resume: {args.resume} was made by another version of this script (flags that differ: {odd})"
+        )
     base = Args(**saved | {name: saved[name] and Path(saved[name]) for name in ("run_dir", "resume")})
     given = tyro.cli(Args, args=argv, default=base)
-    changed = [name for name in names - {"resume", "total_timesteps", "run_dir"} if getattr(given, name) != getattr(base, name)]
+    changed = [
+        name for name in names - {"resume", "total_timesteps", "run_dir"} if getattr(given, name) != getattr(base, name)
+    ]
     if changed:
         flag = "--" + changed[0].replace("_", "-")
-        raise ValueError(f"{flag}: a resumed run keeps its flags, only --total-timesteps may change; start a new run without --resume")
+        raise ValueError(
+            f"{flag}: a resumed run keeps its flags, only --total-timesteps may change; start anew without --resume"
+        )
     return dataclasses.replace(given, resume=None, run_dir=base.run_dir)
 
 
@@ -1205,7 +1261,11 @@ def main(argv: list[str] | None = None) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     args = tyro.cli(Args, args=argv)
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%  {task.fields[status]}")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%  {task.fields[status]}"),
+    )
     try:
         resume = args.resume
         if resume is not None:
@@ -1229,7 +1289,11 @@ def main(argv: list[str] | None = None) -> int:
     if summary is None:
         print(f"stopped; continue with: python rladapter_ppo.py --resume {folder}")
         return 130
-    shown = {name: round(value, 2) if isinstance(value, float) else value for name, value in summary.items() if name != "achievements"}
+    shown = {
+        name: round(value, 2) if isinstance(value, float) else value
+        for name, value in summary.items()
+        if name != "achievements"
+    }
     print(json.dumps(shown, indent=2))
     print(f"results: {folder}/summary.json   curves: tensorboard --logdir {folder}")
     return 0

@@ -27,7 +27,9 @@ LOGS = ("metrics.jsonl", "guidance.jsonl", "outcomes.jsonl")
 def create(folder: Path, config: dict[str, Any]) -> Path:
     """Make a new run folder with its config.json. Raises ValueError if it exists or can't be written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--run-dir: {folder} exists and is not empty; choose another, or continue it with --resume {folder}")
+        raise ValueError(
+            f"--run-dir: {folder} exists and is not empty; choose another, or continue it with --resume {folder}"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", config)
@@ -57,7 +59,9 @@ def describe_machine() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True
+    )
     device = jax.devices()[0]
     return {
         "git_commit": git.stdout.strip() or None,
@@ -137,7 +141,9 @@ def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:
-        raise ValueError("--track: Weights & Biases is not installed; pip install wandb, or leave --track out") from None
+        raise ValueError(
+            "--track: Weights & Biases is not installed; pip install wandb, or leave --track out"
+        ) from None
     return wandb.init(project="rladapter-jax", name=folder.name, dir=str(folder), config=config["flags"])
 
 

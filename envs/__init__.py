@@ -1,4 +1,4 @@
-"""Environments, what is said about them, and what counts as reaching a sub-goal. `envs.craftax` documents the protocol."""
+"""Environments, what is said of them, what counts as reaching a sub-goal. `envs.craftax` documents the protocol."""
 
 from typing import Any
 

@@ -96,13 +96,14 @@ def to_text(obs: np.ndarray) -> str:
     vitals = ", ".join(f"{name} {n}" for name, n in zip(VITALS, obs[VITALS_SLICE], strict=True))
     beside = blocks[_BESIDE]
     enclosed = " The player is enclosed." if np.isin(beside, _CLOSED_BLOCKS).all() else ""
+    sleep = "asleep" if obs[ASLEEP] else "awake"
     unlocked = [name.replace("_", " ") for name, done in zip(ACHIEVEMENTS, obs[UNLOCKED], strict=True) if done]
     return "\n".join([
         f"You see: {', '.join(views) or 'nothing special'}.",
         f"Facing: {_facing(obs)}.",
         f"Inventory: {', '.join(items) or 'nothing'}.",
         f"Vitals (of 9): {vitals}.",
-        f"It is {'dark' if obs[LIGHT] < DARK else 'day'}. The player is {'asleep' if obs[ASLEEP] else 'awake'}.{enclosed}",
+        f"It is {'dark' if obs[LIGHT] < DARK else 'day'}. The player is {sleep}.{enclosed}",
         f"Unlocked: {', '.join(unlocked) or 'nothing'}.",
     ])  # fmt: skip
 
@@ -113,7 +114,7 @@ def _cells(mask: np.ndarray) -> np.ndarray:
 
 
 def _direction(where: np.ndarray) -> str:
-    """ "2 north, 1 east" of the nearest cell in the mask; of several as near the one within reach, then in reading order."""
+    """ "2 north, 1 east" of the nearest cell in the mask; of several the one in reach, then the first one read."""
     cells = np.flatnonzero(where)
     nearness = _DISTANCE[cells] * 10 + np.abs(_OFFSETS[cells]).max(1)
     dy, dx = _OFFSETS[cells[np.argmin(nearness)]]

@@ -99,7 +99,9 @@ class CraftaxEnv:
         worlds = jax.lax.fori_loop(0, num_chunks, make_chunk, pool.worlds)
         return VectorState(state.envs, Pool(worlds, jnp.zeros_like(pool.used), pool.reused))
 
-    def step(self, key: jax.Array, state: VectorState, action: jax.Array) -> tuple[VectorState, jax.Array, jax.Array, dict]:
+    def step(
+        self, key: jax.Array, state: VectorState, action: jax.Array
+    ) -> tuple[VectorState, jax.Array, jax.Array, dict]:
         before = state.envs
         keys = jax.random.split(key, action.shape[0])
         envs, reward = jax.vmap(craftax_step, in_axes=(0, 0, 0, None, None))(

@@ -85,7 +85,7 @@ def with_random_b(adapter):
     return adapter
 
 
-# ------------------------------------------------------------------------------------------------------------ the model
+# ---- the model
 
 
 def plain_llama(params, config, tokens):
@@ -174,7 +174,7 @@ def test_llama3_rope_slows_long_wavelengths_only():
     assert between.any() and np.all((scaled < plain)[between] & (scaled > plain / 8)[between])
 
 
-# ----------------------------------------------------------------------------------------------------------- generation
+# ---- generation
 
 
 def raw_generate(adapter, prompts, num=10, temperature=0.0, key=0, eos=(1,)):
@@ -244,7 +244,7 @@ def test_one_line_removes_control_characters():
     assert ra.one_line("  a\n\nb\tc\x00\x1b[31m\u200b d\ufffd ") == "a b c[31m d"
 
 
-# ---------------------------------------------------------------------------------------------------------- fine-tuning
+# ---- fine-tuning
 
 TOYS = [(f"situation {word}", f"answer {word * 2}") for word in "abcdefgh"]
 
@@ -316,7 +316,7 @@ def test_state_round_trip(folder, adapter):
         adapter.load_state({})
 
 
-# ----------------------------------------------------------------------------------------------------- the model folder
+# ---- the model folder
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -381,7 +381,7 @@ def test_harmless_extra_tensors_are_ignored(folder, tmp_path):
     ra.load_adapter(path)
 
 
-# ------------------------------------------------------------------------------------------------- prompts and teaching
+# ---- prompts and teaching
 
 
 def test_prompt_says_what_is_known():

@@ -55,7 +55,9 @@ def hand_out(state, times):
     """End every episode `times` times; the maps that the envs got."""
     maps = []
     for t in range(times):
-        old = dataclasses.replace(state, envs=state.envs.replace(player_health=jnp.zeros_like(state.envs.player_health)))
+        old = dataclasses.replace(
+            state, envs=state.envs.replace(player_health=jnp.zeros_like(state.envs.player_health))
+        )
         state = STEP(jax.random.key(t), old, jnp.zeros(N, jnp.int32))[0]
         maps.append(np.asarray(state.envs.map))
     return state, np.concatenate(maps)
@@ -135,7 +137,7 @@ def test_reset_has_no_weak_types(start):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), start) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
 
 
-# ---------------------------------------------------------------------------------------------- observations and facts
+# ---- observations and facts
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +177,8 @@ def facts_by_name(obs):
 
 def test_facts_against_a_loop_over_cells(situations):
     ours = np.asarray(captions.facts(jnp.asarray(situations)))
-    names = {"tree": 5, "water": 3, "stone": 4, "coal": 8, "iron": 9, "diamond": 10, "crafting table": 11, "furnace": 12,
+    names = {"tree": 5, "water": 3, "stone": 4, "coal": 8, "iron": 9, "diamond": 10, "crafting table": 11,
+             "furnace": 12,
              "plant": 15, "ripe plant": 16, "lava": 14}  # fmt: skip
     mobs = {"zombie": 1, "cow": 2, "skeleton": 4, "arrow": 8}
     items = "wood stone coal iron diamond sapling".split()
@@ -241,7 +244,7 @@ def test_golden_captions():
     ])  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------ detectors
+# ---- detectors
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +322,9 @@ def test_drinking_counts_when_thirsty_or_for_the_first_time(world, play):
     assert play(known.replace(player_drink=jnp.int32(5)), Action.DO)[0] == {"drink water"}
 
 
-@pytest.mark.parametrize(("goal", "kind"), [("attack cow", "cows"), ("attack zombie", "zombies"), ("attack skeleton", "skeletons")])
+@pytest.mark.parametrize(
+    ("goal", "kind"), [("attack cow", "cows"), ("attack zombie", "zombies"), ("attack skeleton", "skeletons")]
+)
 def test_every_hit_is_work_and_the_last_one_reaches(world, play, goal, kind):
     mobs = getattr(world, kind)
     one = jnp.arange(mobs.mask.shape[0]) == 0
@@ -328,7 +333,9 @@ def test_every_hit_is_work_and_the_last_one_reaches(world, play, goal, kind):
 
     def with_health(health):
         alive = mobs.replace(position=position, mask=one, health=jnp.where(one, health, mobs.health))
-        return facing(world, BlockType.GRASS).replace(**{kind: alive}, mob_map=world.mob_map.at[target[0], target[1]].set(True))
+        return facing(world, BlockType.GRASS).replace(
+            **{kind: alive}, mob_map=world.mob_map.at[target[0], target[1]].set(True)
+        )
 
     assert play(with_health(3), Action.DO)[:2] == (set(), {goal})
     assert play(with_health(1), Action.DO)[:2] == ({goal}, {goal})
@@ -358,7 +365,7 @@ def test_every_unlocked_achievement_is_its_sub_goal(start):
         assert (np.asarray(info["worked"]) >= np.asarray(info["reached"])).all()
 
 
-# ------------------------------------------------------------------------------------------------------ toy, score, ids
+# ---- toy, score, ids
 
 
 def test_the_toy_pays_for_the_right_action():

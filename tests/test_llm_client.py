@@ -133,9 +133,12 @@ THIRST = (vocab.FACT_INDEX["drink low"], True)
     [
         '{"sub_goals": {"chop tree": ["not wood >= 4"], "drink water": ["drink low"]}}',
         '{"sub_goals": {"Chop trees": "wood < 4"  , "get water": {"drink low": true}}}',
-        '{"sub_goals": [{"name": "chop tree", "because": ["not wood >= 4"]}, {"goal": "drink water", "because": ["drink low"]}]}',
-        '{"sub_goals": ["drink water", {"sub_goal": "chop tree", "because": ["wood not >= 4"]}], "because": ["drink low"]}',
-        '{"sub_goals": [{"chop tree": ["not wood >= 4"]}, {"drink water": ["drink low"], "fly": ["dark"]}], "because": ["dark"]}',
+        '{"sub_goals": [{"name": "chop tree", "because": ["not wood >= 4"]}, '
+        '{"goal": "drink water", "because": ["drink low"]}]}',
+        '{"sub_goals": ["drink water", {"sub_goal": "chop tree", "because": ["wood not >= 4"]}], '
+        '"because": ["drink low"]}',
+        '{"sub_goals": [{"chop tree": ["not wood >= 4"]}, {"drink water": ["drink low"], "fly": ["dark"]}], '
+        '"because": ["dark"]}',
     ],
 )
 def test_each_sub_goal_has_its_own_reasons(text: str):
@@ -633,7 +636,16 @@ def test_key_is_needed_elsewhere_only(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(
     "url",
-    ["", "localhost:1/v1", "ftp://x/v1", "http://", "http://[::1", "http://x:99999/v1", "http://u:p@x/v1", "http://x/?k=s"],
+    [
+        "",
+        "localhost:1/v1",
+        "ftp://x/v1",
+        "http://",
+        "http://[::1",
+        "http://x:99999/v1",
+        "http://u:p@x/v1",
+        "http://x/?k=s",
+    ],
 )
 def test_unusable_base_url(url: str):
     with pytest.raises(ValueError, match="--llm-base-url"):

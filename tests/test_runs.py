@@ -74,7 +74,10 @@ def test_guidance_covers_the_toy_and_is_understood(tmp_path):
 
 def numbers(folder):
     """Metrics without what a clock measures."""
-    return [{k: v for k, v in m.items() if "time" not in k and "SPS" not in k and "seconds" not in k} for m in lines(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in m.items() if "time" not in k and "SPS" not in k and "seconds" not in k}
+        for m in lines(folder / "metrics.jsonl")
+    ]
 
 
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch):
@@ -87,15 +90,24 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch):
 
     original = runs.Log.metrics
     stops = []
-    monkeypatch.setattr(rl.StopRequest, "__init__", lambda self, console: (quiet_stop(self, console), stops.append(self))[0])
-    monkeypatch.setattr(runs.Log, "metrics", lambda self, record: (original(self, record), setattr(stops[-1], "asked", record["phase"] == 1)))
+    monkeypatch.setattr(
+        rl.StopRequest, "__init__", lambda self, console: (quiet_stop(self, console), stops.append(self))[0]
+    )
+    monkeypatch.setattr(
+        runs.Log,
+        "metrics",
+        lambda self, record: (original(self, record), setattr(stops[-1], "asked", record["phase"] == 1)),
+    )
     assert run(halves) == 130
     assert not (halves / "summary.json").exists()
     (halves / "metrics.jsonl").open("a").write('{"phase": 2, "half a li')  # as a kill leaves it
     assert rl.main(["--resume", str(halves)]) == 0
     assert numbers(whole) == numbers(halves)
     drop = ("wall_seconds", "compile_seconds", "SPS", "eval_seconds", "setup_seconds")
-    a, b = ({k: v for k, v in json.loads((f / "summary.json").read_text()).items() if k not in drop} for f in (whole, halves))
+    a, b = (
+        {k: v for k, v in json.loads((f / "summary.json").read_text()).items() if k not in drop}
+        for f in (whole, halves)
+    )
     assert a == b
     strip = [{k: v for k, v in g.items() if k != "seconds"} for g in lines(whole / "guidance.jsonl")]
     assert strip == [{k: v for k, v in g.items() if k != "seconds"} for g in lines(halves / "guidance.jsonl")]
@@ -152,7 +164,7 @@ def test_with_an_adapter_it_analyses_and_is_tuned(tmp_path, monkeypatch):
     assert tuned and all(np.isfinite(m["adapter/nll_after"]) for m in tuned)
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ---- bad input
 
 
 def error_of(capsys, *argv):
@@ -194,7 +206,12 @@ def test_bad_flags_get_one_line_and_exit_code_2(tmp_path, capsys, flags, expecte
 
 
 def test_flags_that_do_not_parse(capsys):
-    for bad in (["--total-timesteps", "many"], ["--total-timesteps", "1.5"], ["--no-such-flag", "1"], ["--llm", "telepathy"]):
+    for bad in (
+        ["--total-timesteps", "many"],
+        ["--total-timesteps", "1.5"],
+        ["--no-such-flag", "1"],
+        ["--llm", "telepathy"],
+    ):
         with pytest.raises(SystemExit) as stop:
             rl.main(bad)
         assert stop.value.code == 2
@@ -252,7 +269,9 @@ def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch, capsys):
 
 
 def test_a_failing_checkpoint_does_not_stop_the_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runs.ocp.CheckpointManager, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(
+        runs.ocp.CheckpointManager, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
     assert run(tmp_path / "run", steps=400) == 0
     assert "can't write a checkpoint" in capsys.readouterr().err
 
@@ -311,7 +330,7 @@ def test_ctrl_c_twice_stops_at_once(monkeypatch):
         signal.signal(signal.SIGINT, old)
 
 
-# ------------------------------------------------------------------------------------------------------- flags and docs
+# ---- flags and docs
 
 
 def test_every_flag_is_read():

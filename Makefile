@@ -11,7 +11,7 @@ train: $(VENV)/runtime
 
 test: $(VENV)/dev
 	$(VENV)/bin/ruff check .
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -154,14 +154,9 @@ class Args:
     def num_updates(self) -> int:
         return -(-self.total_timesteps // self.batch_size)
 
-    @property
-    def num_phases(self) -> int:
-        return 1 + -(-(self.num_updates - 1) // self.updates_per_phase)
-
-    def updates_in_phase(self, phase: int) -> int:
-        """The first phase is one update: before it there is little to ask about."""
-        first = 1 + (phase - 1) * self.updates_per_phase
-        return 1 if phase == 0 else min(self.updates_per_phase, self.num_updates - first)
+    def updates_in_phase(self, phase: int, updates_done: int) -> int:
+        """The first phase is one update, because before it there is little to ask about; the last one may be short."""
+        return min(1 if phase == 0 else self.updates_per_phase, self.num_updates - updates_done)
 
     @property
     def bonus(self) -> float:
@@ -1128,20 +1123,20 @@ def train(args: Args, folder: Path, resume: bool, progress: Any) -> dict[str, An
         adapter.load_state(saved["adapter"])
         counters, first_phase = Counters(**extra["counters"]), last + 1
         runs.cut_logs(folder, first_phase)
-    log = runs.Log(folder, args.track, {"flags": flags(args)})
+    log = runs.Log(folder, args.track, {"flags": flags(args)}, first_step=counters["global_step"])
     stop = StopRequest(progress.console)
     setup_seconds = time.perf_counter() - start  # reset, the adapter's first training: no part of SPS
     compiled, compile_seconds = ahead_of_time(args, train_phase, args, agent, runner, records.table(), jnp.int32(1))
     progress.console.print(
-        f"compiled in {compile_seconds:.1f} s; {args.num_phases} phases of {args.updates_per_phase} updates"
+        f"compiled in {compile_seconds:.1f} s; {args.num_updates} updates, a pause every {args.updates_per_phase}"
     )
     counters.add(compile_seconds=compile_seconds, wall_seconds=compile_seconds)
     task = progress.add_task(
         "training", total=args.num_updates * args.batch_size, completed=counters["global_step"], status=""
     )
 
-    phase = first_phase - 1
-    for phase in range(first_phase, args.num_phases):
+    phase = first_phase
+    while not stop.asked and counters["global_step"] < args.num_updates * args.batch_size:
         phase_start = time.perf_counter()
         key_phase = jax.random.fold_in(key_host, phase)
         queries = (
@@ -1149,7 +1144,7 @@ def train(args: Args, folder: Path, resume: bool, progress: Any) -> dict[str, An
         )
         answers, asked = refine_guidance(args, env, phase, records, queries, adapter, llm, key_phase)
         log.append("guidance.jsonl", [{"global_step": counters["global_step"]} | answer for answer in answers])
-        num_updates = args.updates_in_phase(phase)
+        num_updates = args.updates_in_phase(phase, counters["global_step"] // args.batch_size)
         train_start = time.perf_counter()
         runner, sums, outcomes, samples = jax.block_until_ready(
             compiled(runner, records.table(), jnp.int32(num_updates))
@@ -1174,15 +1169,15 @@ def train(args: Args, folder: Path, resume: bool, progress: Any) -> dict[str, An
             log.append("outcomes.jsonl", outcome_records(phase, records, scores, outcomes))
         log.metrics({"phase": phase, "global_step": counters["global_step"]} | record)
         progress.update(task, completed=counters["global_step"], status=status_line(record, counters))
-        if stop.asked or (phase + 1) % args.save_every == 0 or phase + 1 == args.num_phases:
+        finished = counters["global_step"] >= args.num_updates * args.batch_size
+        if stop.asked or finished or (phase + 1) % args.save_every == 0:
             arrays = {"runner": runner, "records": records.arrays, "adapter": adapter.state(), "samples": samples}
             extra = {"counters": counters.values, "prompts": records.prompts, "analyses": records.analyses}
             checkpoints.save(phase, arrays, extra)
-        if stop.asked:
-            break
+        phase += 1
     checkpoints.close()
     llm.close()
-    if phase + 1 < args.num_phases:
+    if counters["global_step"] < args.num_updates * args.batch_size:
         log.close()
         return None
     progress.update(task, description="evaluating")

@@ -89,11 +89,11 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 class Log:
     """The .jsonl files, TensorBoard, and Weights & Biases if asked for."""
 
-    def __init__(self, folder: Path, track: bool, config: dict[str, Any]):
+    def __init__(self, folder: Path, track: bool, config: dict[str, Any], first_step: int = 0):
         from tensorboardX import SummaryWriter
 
         self.folder = folder
-        self.tensorboard = SummaryWriter(str(folder), flush_secs=20)
+        self.tensorboard = SummaryWriter(str(folder), flush_secs=20, purge_step=first_step + 1)
         self.failed = False
         self.wandb = _start_wandb(folder, config) if track else None
 

@@ -66,10 +66,10 @@ def test_a_run_leaves_a_complete_folder(tmp_path):
 
 def test_guidance_covers_the_toy_and_is_understood(tmp_path):
     run(tmp_path / "run", "--learning-rate", "5e-3", steps=6000)
-    last = lines(tmp_path / "run/metrics.jsonl")[-1]
+    first, *_, last = lines(tmp_path / "run/metrics.jsonl")
     assert last["guidance/coverage"] == 1.0 and last["guidance/rows"] >= 2
-    assert last["guidance/goal_success"] > 0.6
-    assert json.loads((tmp_path / "run/summary.json").read_text())["episodic_return"] > 5
+    assert last["guidance/goal_success"] > first["guidance/goal_success"]
+    assert json.loads((tmp_path / "run/summary.json").read_text())["episodic_return"] > 7
 
 
 def numbers(folder):
@@ -155,8 +155,10 @@ def test_with_an_adapter_it_analyses_and_is_tuned(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     captions = [rl.make_env("Toy-v0", 1).to_text(np.array([i % 2, 0])) for i in range(4)]
     rladapter_adapter.train_default_adapter(captions, folder, steps=2)
-    monkeypatch.setattr(rl, "MIN_VISITS", 1)
-    monkeypatch.setattr(rl, "MARGIN", 0.0)
+    monkeypatch.setattr(rl, "MARGIN", -1e9)  # everything wins
+    monkeypatch.setattr(
+        rladapter_adapter.Adapter, "analyse", lambda self, prompts, key: ["It should chop tree."] * len(prompts)
+    )
     flags = ["--adapter", str(folder), "--sft-every", "1"]
     assert rl.main([*TOY, *flags, "--total-timesteps", "1500", "--run-dir", str(tmp_path / "run")]) == 0
     assert any("Analysis:" in g["messages"][1]["content"] for g in lines(tmp_path / "run/guidance.jsonl"))
@@ -365,7 +367,8 @@ def test_every_documented_command_parses(monkeypatch):
         argv = [word for word in shlex.split(command)[2:] if word != "..."]
         try:
             args = tyro.cli(rl.Args, args=argv)
-        except SystemExit:
-            pytest.fail(f"{where}: {command}")
+        except SystemExit as stop:
+            assert stop.code == 0, f"{where}: {command}"  # 0: --help
+            continue
         if args.resume is None:
             rl.check_args(args)

@@ -192,7 +192,8 @@ def error_of(capsys, *argv):
         ("--gamma 1.5", "--gamma: 1.5"),
         ("--guidance-bonus -1", "--guidance-bonus: -1"),
         ("--candidates 0", "--candidates: 0"),
-        ("--guidance-rows 3", "--guidance-rows: 3"),
+        ("--guidance-rows 0", "--guidance-rows: 0"),
+        ("--candidates 3", "--candidates: 3"),
         ("--seed -1", "--seed: -1"),
         ("--adapter /nowhere/model", "--adapter.*/nowhere/model"),
         ("--llm http --llm-model m --llm-base-url http://127.0.0.1:9/v1", "--llm-base-url"),
@@ -301,9 +302,10 @@ def test_half_a_line_is_taken_back_when_the_disk_is_full(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     real = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, mode="r": Full(real(self, mode)))
-    with pytest.raises(OSError, match="No space"):
-        runs._append(path, '{"b": 2}\n')
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", lambda self, mode: Full(real(self, mode)))
+        with pytest.raises(OSError, match="No space"):
+            runs._append(path, '{"b": 2}\n')
     assert path.read_text() == '{"a": 1}\n'
 
 
@@ -353,11 +355,13 @@ def test_every_flag_has_a_docstring():
 
 
 def documented_commands():
-    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "rladapter_ppo.py"]:
-        for line in path.read_text().splitlines():
+    texts = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+    texts["rladapter_ppo.py"] = rl.__doc__
+    for name, text in texts.items():
+        for line in text.splitlines():
             command = re.search(r"python rladapter_ppo\.py[^`|\n]*", line)
             if command:
-                yield path.name, command.group().split("#")[0].strip()
+                yield name, command.group().split("#")[0].strip()
 
 
 def test_every_documented_command_parses(monkeypatch):

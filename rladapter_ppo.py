@@ -33,6 +33,7 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import llm_client
 import rladapter_adapter
@@ -984,11 +985,17 @@ def make_adapter(args: Args, progress: Any) -> Any:
         env = make_env("Craftax-Classic-Symbolic-v1", 64)
         captions = [env.to_text(obs) for obs in np.asarray(env.random_observations(jax.random.key(0), 3000))]
         task = progress.add_task("default adapter", total=None, status="")
-        rladapter_adapter.train_default_adapter(
-            captions, folder,
-            progress=lambda step, total, loss: progress.update(
-                task, completed=step, total=total, status=f"loss {loss:.2f}"),
-        )  # fmt: skip
+
+        def show(step: int, total: int, loss: float) -> None:
+            progress.update(task, completed=step, total=total, status=f"loss {loss:.2f}")
+
+        try:
+            rladapter_adapter.train_default_adapter(captions, folder, progress=show)
+        except OSError as error:
+            raise ValueError(
+                f"--adapter: can't write the default adapter to {folder} ({error.strerror}); "
+                "set RLADAPTER_CACHE to another folder, or use --adapter none"
+            ) from None
         progress.remove_task(task)
     return rladapter_adapter.load_adapter(folder, seed=args.seed)
 
@@ -1011,6 +1018,10 @@ class Counters:
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
+
+    @property
+    def steps_per_second(self) -> float:
+        return self.values["global_step"] / (self.values["wall_seconds"] - self.values["compile_seconds"])
 
     def add(self, **values: float) -> None:
         for name, value in values.items():
@@ -1100,96 +1111,143 @@ class StopRequest:
         self.console.print("Stopping after this phase, then saving. Ctrl-C again stops at once.")
 
 
-def train(args: Args, folder: Path, resume: bool, progress: Any) -> dict[str, Any] | None:
-    """The method. Returns the summary, None if Ctrl-C stopped it."""
+@dataclass
+class Session:
+    """All that the host keeps between the phases of a run."""
+
+    args: Args
+    folder: Path
+    agent: Agent
+    runner: Runner
+    records: Records
+    samples: np.ndarray  # (U * 256, O) uint8, situations of the last phase
+    adapter: Any
+    llm: Any
+    checkpoints: runs.Checkpoints
+    counters: Counters
+    phase: int  # the next one
+    setup_seconds: float  # reset, the adapter's first training: no part of SPS
+
+    @property
+    def finished(self) -> bool:
+        return self.counters["global_step"] >= self.args.num_updates * self.args.batch_size
+
+
+def prepare(args: Args, folder: Path, resume: bool, argv: list[str], progress: Any) -> Session:
+    """Check everything, then make or read the run folder. Raises ValueError, one line, for what can't work."""
     start = time.perf_counter()
     env = make_env(args.env_id, args.num_envs)
-    key_agent, key_runner, key_host, key_eval = jax.random.split(jax.random.key(args.seed), 4)
+    if not resume:
+        runs.check_free(folder)
+    llm, adapter = make_llm(args), make_adapter(args, progress)
+    key_agent, key_runner = jax.random.split(jax.random.key(args.seed))
     agent, params = make_agent(args, env, key_agent)
     runner = jax.jit(init_runner, static_argnums=(0, 1))(args, agent, params, key_runner)
-    llm, adapter = make_llm(args), make_adapter(args, progress)
-    samples = env.observe(runner.env_state)
-    records = Records(args, env.num_actions, samples.shape[1:])
-    samples = np.resize(np.asarray(samples), (args.updates_per_phase * SAMPLES_PER_UPDATE, *samples.shape[1:]))
-    env_facts = jax.jit(env.facts)
-    counters, first_phase = Counters(), 0
-    checkpoints = runs.Checkpoints(folder)
+    obs = np.asarray(env.observe(runner.env_state))
+    records = Records(args, env.num_actions, obs.shape[1:])
+    samples = np.resize(obs, (args.updates_per_phase * SAMPLES_PER_UPDATE, *obs.shape[1:]))
+    if not resume:
+        runs.create(folder, {"flags": flags(args), "argv": argv} | runs.describe_machine())
+    session = Session(
+        args, folder, agent, runner, records, samples, adapter, llm, runs.Checkpoints(folder), Counters(), 0, 0.0
+    )
     if resume:
-        saved = {"runner": runner, "records": records.arrays, "adapter": adapter.state(), "samples": samples}
-        last, saved, extra = checkpoints.restore(saved)
-        runner, samples = saved["runner"], np.array(saved["samples"])
-        records.arrays = {name: np.array(value) for name, value in saved["records"].items()}
-        records.prompts, records.analyses = extra["prompts"], extra["analyses"]
-        adapter.load_state(saved["adapter"])
-        counters, first_phase = Counters(**extra["counters"]), last + 1
-        runs.cut_logs(folder, first_phase)
-    log = runs.Log(folder, args.track, {"flags": flags(args)}, first_step=counters["global_step"])
+        load_checkpoint(session)
+    session.setup_seconds = time.perf_counter() - start
+    return session
+
+
+def checkpoint_arrays(session: Session) -> dict[str, Any]:
+    return {
+        "runner": session.runner, "records": session.records.arrays, "adapter": session.adapter.state(),
+        "samples": session.samples,
+    }  # fmt: skip
+
+
+def save_checkpoint(session: Session, phase: int) -> None:
+    records = session.records
+    extra = {"counters": session.counters.values, "prompts": records.prompts, "analyses": records.analyses}
+    session.checkpoints.save(phase, checkpoint_arrays(session), extra)
+
+
+def load_checkpoint(session: Session) -> None:
+    phase, saved, extra = session.checkpoints.restore(checkpoint_arrays(session))
+    session.runner, session.samples = saved["runner"], np.array(saved["samples"])
+    session.records.arrays = {name: np.array(value) for name, value in saved["records"].items()}
+    session.records.prompts, session.records.analyses = extra["prompts"], extra["analyses"]
+    session.adapter.load_state(saved["adapter"])
+    session.counters, session.phase = Counters(**extra["counters"]), phase + 1
+    runs.cut_logs(session.folder, session.phase)
+
+
+def run_phase(session: Session, train_compiled: Any, log: runs.Log) -> dict[str, Any]:
+    """One pause and one phase of training: the method. Returns the metrics."""
+    args, records, counters, phase = session.args, session.records, session.counters, session.phase
+    start, env = time.perf_counter(), session.agent.env
+    key = jax.random.fold_in(jax.random.key(args.seed + 1), phase)
+    queries = []
+    if args.guidance == "full":
+        queries = select_queries(args, records, session.samples, np.asarray(env_facts(env, session.samples)))
+    answers, asked = refine_guidance(args, env, phase, records, queries, session.adapter, session.llm, key)
+    log.append("guidance.jsonl", [{"global_step": counters["global_step"]} | answer for answer in answers])
+
+    num_updates = args.updates_in_phase(phase, counters["global_step"] // args.batch_size)
+    train_start = time.perf_counter()
+    out = jax.block_until_ready(train_compiled(session.runner, records.table(), jnp.int32(num_updates)))
+    train_seconds = time.perf_counter() - train_start
+    session.runner, sums, outcomes, samples = out
+    session.samples = np.resize(np.asarray(samples)[: num_updates * SAMPLES_PER_UPDATE], samples.shape)
+    records.add_outcomes(outcomes)
+    scores = comprehension_scores(args, records)
+    log.append("outcomes.jsonl", outcome_records(phase, records, scores, outcomes) if outcomes else [])
+
+    due = args.sft_every and (phase + 1) % args.sft_every == 0
+    tuned = finetune(records, session.adapter, jax.random.fold_in(key, 1)) if due else {}
+    metrics = phase_metrics(args, session.agent, counters, sums, num_updates)
+    metrics |= guidance_metrics(records, scores) | asked | tuned | {"time/train": train_seconds}
+    counters.add(llm_calls=asked["llm/calls"], llm_failures=asked["llm/failures"])
+    counters.add(wall_seconds=time.perf_counter() - start)
+    session.phase += 1
+    return {"phase": phase, "global_step": counters["global_step"], "charts/SPS": counters.steps_per_second} | metrics
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def env_facts(env: Any, obs: jax.Array) -> jax.Array:
+    return env.facts(obs)
+
+
+def train(session: Session, progress: Any) -> dict[str, Any] | None:
+    """All phases and the final evaluation. Returns the summary, None if Ctrl-C stopped it."""
+    args, counters = session.args, session.counters
+    log = runs.Log(session.folder, args.track, {"flags": flags(args)}, first_step=counters["global_step"])
     stop = StopRequest(progress.console)
-    setup_seconds = time.perf_counter() - start  # reset, the adapter's first training: no part of SPS
-    compiled, compile_seconds = ahead_of_time(args, train_phase, args, agent, runner, records.table(), jnp.int32(1))
+    values = args, session.agent, session.runner, session.records.table(), jnp.int32(1)
+    train_compiled, compile_seconds = ahead_of_time(args, train_phase, *values)
+    counters.add(compile_seconds=compile_seconds, wall_seconds=compile_seconds)
     progress.console.print(
         f"compiled in {compile_seconds:.1f} s; {args.num_updates} updates, a pause every {args.updates_per_phase}"
     )
-    counters.add(compile_seconds=compile_seconds, wall_seconds=compile_seconds)
-    task = progress.add_task(
-        "training", total=args.num_updates * args.batch_size, completed=counters["global_step"], status=""
-    )
-
-    phase = first_phase
-    while not stop.asked and counters["global_step"] < args.num_updates * args.batch_size:
-        phase_start = time.perf_counter()
-        key_phase = jax.random.fold_in(key_host, phase)
-        queries = (
-            select_queries(args, records, samples, np.asarray(env_facts(samples))) if args.guidance == "full" else []
-        )
-        answers, asked = refine_guidance(args, env, phase, records, queries, adapter, llm, key_phase)
-        log.append("guidance.jsonl", [{"global_step": counters["global_step"]} | answer for answer in answers])
-        num_updates = args.updates_in_phase(phase, counters["global_step"] // args.batch_size)
-        train_start = time.perf_counter()
-        runner, sums, outcomes, samples = jax.block_until_ready(
-            compiled(runner, records.table(), jnp.int32(num_updates))
-        )
-        train_seconds = time.perf_counter() - train_start
-        samples = np.resize(np.asarray(samples)[: num_updates * SAMPLES_PER_UPDATE], samples.shape)
-        records.add_outcomes(outcomes)
-        scores = comprehension_scores(args, records)
-        tuned = {}
-        if args.sft_every and (phase + 1) % args.sft_every == 0:
-            tuned = finetune(records, adapter, jax.random.fold_in(key_phase, 1))
-        record = phase_metrics(args, agent, counters, sums, num_updates)
-        counters.add(
-            llm_calls=asked["llm/calls"],
-            llm_failures=asked["llm/failures"],
-            wall_seconds=time.perf_counter() - phase_start,
-        )
-        sps = counters["global_step"] / (counters["wall_seconds"] - counters["compile_seconds"])
-        record |= guidance_metrics(records, scores) | asked | tuned
-        record |= {"charts/SPS": sps, "time/train": train_seconds, "time/compile": compile_seconds}
-        if outcomes:
-            log.append("outcomes.jsonl", outcome_records(phase, records, scores, outcomes))
-        log.metrics({"phase": phase, "global_step": counters["global_step"]} | record)
-        progress.update(task, completed=counters["global_step"], status=status_line(record, counters))
-        finished = counters["global_step"] >= args.num_updates * args.batch_size
-        if stop.asked or finished or (phase + 1) % args.save_every == 0:
-            arrays = {"runner": runner, "records": records.arrays, "adapter": adapter.state(), "samples": samples}
-            extra = {"counters": counters.values, "prompts": records.prompts, "analyses": records.analyses}
-            checkpoints.save(phase, arrays, extra)
-        phase += 1
-    checkpoints.close()
-    llm.close()
-    if counters["global_step"] < args.num_updates * args.batch_size:
-        log.close()
+    total = args.num_updates * args.batch_size
+    task = progress.add_task("training", total=total, completed=counters["global_step"], status="")
+    while not session.finished and not stop.asked:
+        metrics = run_phase(session, train_compiled, log)
+        log.metrics(metrics | {"time/compile": compile_seconds})
+        progress.update(task, completed=counters["global_step"], status=status_line(metrics, counters))
+        if stop.asked or session.finished or session.phase % args.save_every == 0:
+            save_checkpoint(session, session.phase - 1)
+    session.checkpoints.close()
+    session.llm.close()
+    log.close()
+    if not session.finished:
         return None
     progress.update(task, description="evaluating")
-    eval_start = time.perf_counter()
-    result = evaluate(args, agent, runner.params, records.best_table(), key_eval, lambda done, total: progress.update(
+    start = time.perf_counter()
+    key, table = jax.random.fold_in(jax.random.key(args.seed), 2), session.records.best_table()
+    result = evaluate(args, session.agent, session.runner.params, table, key, lambda done, total: progress.update(
         task, status=f"{done} of {total} episodes"))  # fmt: skip
-    summary = summarise(args, counters, result) | {
-        "eval_seconds": time.perf_counter() - eval_start,
-        "setup_seconds": setup_seconds,
-    }
-    log.close()
-    runs.write_summary(folder, summary)
+    seconds = {"eval_seconds": time.perf_counter() - start, "setup_seconds": session.setup_seconds}
+    summary = summarise(args, counters, result) | seconds
+    runs.write_summary(session.folder, summary)
     return summary
 
 
@@ -1205,7 +1263,7 @@ def summarise(args: Args, counters: Counters, result: dict[str, Any]) -> dict[st
         "global_step": counters["global_step"],
         **result,
         "score_all_episodes": crafter_score(unlocked / counters["episodes"]) if counters["episodes"] else None,
-        "SPS": counters["global_step"] / (counters["wall_seconds"] - counters["compile_seconds"]),
+        "SPS": counters.steps_per_second,
         "wall_seconds": counters["wall_seconds"], "compile_seconds": counters["compile_seconds"],
         "llm_calls": counters["llm_calls"], "llm_failures": counters["llm_failures"],
         "seed": args.seed, "env_id": args.env_id, "guidance": args.guidance, "guidance_lookup": args.guidance_lookup,
@@ -1253,43 +1311,33 @@ def configure_jax(args: Args) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 for input that can't work; 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    args = tyro.cli(Args, args=argv)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%  {task.fields[status]}"),
-    )
+    args, error = tyro.cli(Args, args=argv), None
+    resume = args.resume
+    status = TextColumn("{task.percentage:>3.0f}%  {task.fields[status]}")
+    columns = TextColumn("{task.description}"), BarColumn(), status, TimeElapsedColumn(), TimeRemainingColumn()
     try:
-        resume = args.resume
-        if resume is not None:
-            args = resumed_args(args, argv)
-        check_args(args)
-        configure_jax(args)
-        make_env(args.env_id, args.num_envs)
-        folder = resume or args.run_dir or runs.default_folder(args.env_id, args.exp_name, args.seed)
-        if resume is None:
-            runs.create(folder, {"flags": flags(args), "argv": argv} | runs.describe_machine())
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
-            summary = train(args, folder, resume is not None, progress)
-    except ValueError as error:
-        if args.debug_nans:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        with Progress(*columns) as progress:
+            try:
+                args = resumed_args(args, argv) if resume else args
+                check_args(args)
+                configure_jax(args)
+                folder = resume or args.run_dir or runs.default_folder(args.env_id, args.exp_name, args.seed)
+                session = prepare(args, folder, resume is not None, argv, progress)
+            except ValueError as problem:
+                error = problem
+            else:
+                summary = train(session, progress)
     except KeyboardInterrupt:
         print("stopped at once; what was saved before can be resumed", file=sys.stderr)
         return 130
+    if error is not None:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if summary is None:
         print(f"stopped; continue with: python rladapter_ppo.py --resume {folder}")
         return 130
-    shown = {
-        name: round(value, 2) if isinstance(value, float) else value
-        for name, value in summary.items()
-        if name != "achievements"
-    }
-    print(json.dumps(shown, indent=2))
+    shown = {name: value for name, value in summary.items() if name != "achievements"}
+    print(json.dumps({name: round(v, 2) if isinstance(v, float) else v for name, v in shown.items()}, indent=2))
     print(f"results: {folder}/summary.json   curves: tensorboard --logdir {folder}")
     return 0
 

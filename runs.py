@@ -24,18 +24,22 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "craftax", "tr
 LOGS = ("metrics.jsonl", "guidance.jsonl", "outcomes.jsonl")
 
 
-def create(folder: Path, config: dict[str, Any]) -> Path:
-    """Make a new run folder with its config.json. Raises ValueError if it exists or can't be written."""
+def check_free(folder: Path) -> None:
+    """Raise ValueError if the folder holds anything already."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
             f"--run-dir: {folder} exists and is not empty; choose another, or continue it with --resume {folder}"
         )
+
+
+def create(folder: Path, config: dict[str, Any]) -> None:
+    """Make a new run folder with its config.json. Raises ValueError if it can't be written."""
+    check_free(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", config)
     except OSError as error:
         raise ValueError(f"--run-dir: can't write to {folder} ({error.strerror}); choose another folder") from None
-    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:

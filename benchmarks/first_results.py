@@ -3,6 +3,7 @@
     python benchmarks/first_results.py run --jobs 2     # trains what is missing in runs/first, keeps what is finished
     python benchmarks/first_results.py collect          # copies the summaries to benchmarks/results/first
     python benchmarks/first_results.py table            # prints the table from there
+    python benchmarks/first_results.py plot             # draws docs/first_results.png from there
 
 The committed files under benchmarks/results/first are the summaries of these runs, with argv, commit and device.
 """
@@ -93,8 +94,29 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def plot() -> None:
+    """Learning curves, mean over the seeds with a band from the lowest to the highest."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for variant, (what, _) in VARIANTS.items():
+        paths = sorted(RESULTS.glob(f"{variant}-[0-9]*.json"))
+        if paths:
+            curves = np.array([json.loads(path.read_text())["curve"] for path in paths])  # (seeds, phases, 2)
+            steps, returns = curves[0, :, 0] / 1e6, curves[..., 1]
+            (line,) = axes.plot(steps, returns.mean(0), label=f"{what} ({len(paths)} seeds)")
+            axes.fill_between(steps, returns.min(0), returns.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(
+        xlabel="env steps, millions", ylabel="return of training episodes, without bonus", xlim=(0, 1), ylim=(0, None)
+    )
+    axes.set_title("Craftax-Classic-Symbolic, guide `rules` (no LLM); band: lowest to highest seed", fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(ROOT / "docs" / "first_results.png", dpi=130)
+
+
 def main(
-    action: Annotated[Literal["run", "collect", "table"], tyro.conf.Positional],
+    action: Annotated[Literal["run", "collect", "table", "plot"], tyro.conf.Positional],
     variants: tuple[str, ...] = tuple(VARIANTS),
     jobs: int = 1,
 ) -> None:
@@ -105,6 +127,8 @@ def main(
                 print(line, flush=True)
     elif action == "collect":
         collect()
+    elif action == "plot":
+        plot()
     else:
         print(table())
 

@@ -205,7 +205,7 @@ def test_bad_flags_get_one_line_and_exit_code_2(tmp_path, capsys, flags, expecte
     env = [] if "--env-id" in flags or "minibatches" in flags or "num-steps" in flags else ["--env-id", "Toy-v0"]
     error = error_of(capsys, *env, *flags.split(), "--run-dir", str(tmp_path / "run"))
     assert re.search(expected, error), error
-    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_flags_that_do_not_parse(capsys):

@@ -296,19 +296,29 @@ class Agent:
 
 
 def guidance_context(env: Any, table: GuidanceTable, obs: jax.Array, advised: jax.Array) -> jax.Array:
-    """Embedding of the advised sub-goals, (B, S) -> (B, D): the sum of their names' embeddings, of norm sqrt(D)."""
-    total = advised.astype(jnp.float32) @ table.names
+    """Embedding of the advised sub-goals, the sum of their names' embeddings, of norm sqrt(D), and the facts.
+
+    The facts that advice may rest on, what is unlocked among them, are worth much to a policy without memory, and the
+    guide has read them all: a policy that is given advice but not its reasons loses to one that sees the facts alone.
+    """
+    total = advised.astype(jnp.float32) @ table.names  # (B, D)
     norm = jnp.linalg.norm(total, axis=1, keepdims=True)
-    return total * math.sqrt(CONTEXT_SIZE) / jnp.maximum(norm, 1e-6)
+    embedding = total * math.sqrt(CONTEXT_SIZE) / jnp.maximum(norm, 1e-6)
+    return jnp.concatenate([embedding, facts_context(env, table, obs, advised)], axis=1)
+
+
+def facts_context(env: Any, table: GuidanceTable, obs: jax.Array, advised: jax.Array) -> jax.Array:
+    """The facts alone, (B, P): the control."""
+    return env.facts(obs).astype(jnp.float32)
 
 
 CONTEXTS = {
     "full": guidance_context,
-    "facts": lambda env, table, obs, advised: env.facts(obs).astype(jnp.float32),
+    "facts": facts_context,
     "none": lambda env, table, obs, advised: jnp.zeros((obs.shape[0], 1)),
 }
 CONTEXT_SIZE = 384
-CONTEXT_SIZES = {"full": CONTEXT_SIZE, "facts": len(FACTS), "none": 1}
+CONTEXT_SIZES = {"full": CONTEXT_SIZE + len(FACTS), "facts": len(FACTS), "none": 1}
 
 
 def make_agent(args: Args, env: Any, key: jax.Array) -> tuple[Agent, Pytree]:

@@ -237,10 +237,13 @@ def test_a_full_table_gives_up_the_row_that_is_used_least():
 def test_the_context_is_the_embedding_of_the_advised_sub_goals():
     records = rl.Records(TOY, 3, (2,))
     rows = jnp.asarray(np.isin(np.arange(len(SUB_GOALS)), [0, 4]))[None]
-    context = np.asarray(rl.guidance_context(None, records.table(), None, rows))[0]
+    env, obs = make_env("Toy-v0", 1), jnp.zeros((1, 2), jnp.uint8)
+    context, facts = np.split(np.asarray(rl.guidance_context(env, records.table(), obs, rows))[0], [384])
     expected = llm_client.embed_sub_goals(llm_client.HashEmbedding(384), [0, 4]) * np.sqrt(384)
     np.testing.assert_allclose(context, expected, atol=1e-4)
-    assert not np.asarray(rl.guidance_context(None, records.table(), None, jnp.zeros((1, len(SUB_GOALS)), bool))).any()
+    np.testing.assert_array_equal(facts, env.facts(obs)[0])
+    silent = rl.guidance_context(env, records.table(), obs, jnp.zeros((1, len(SUB_GOALS)), bool))
+    assert not np.asarray(silent)[0, :384].any()
 
 
 def rolled(args, records, agent, runner, table=None):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 RUNS, RESULTS = ROOT / "runs" / "first", ROOT / "benchmarks" / "results" / "first"
 SEEDS = (1, 2, 3)
 VARIANTS = {
-    "guided": ("full method: adapter, guide, table, bonus 0.1", ""),
+    "guided": ("full method: advice, facts, bonus 0.1", ""),
     "none": ("plain PPO", "--guidance none"),
     "none-bonus": ("plain PPO, bonus 0.1 for every basic sub-goal", "--guidance none --guidance-bonus 0.1"),
     "facts": ("the facts as context, no guidance", "--guidance facts"),

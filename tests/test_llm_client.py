@@ -200,13 +200,13 @@ def test_aliases(words: str, name: str):
 )  # fmt: skip
 def test_no_reply_takes_long(unit: str):
     text = (unit * 100_000)[:2_000_000]
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         parse_reply(text)
     except ValueError:
         pass
     clean(text, 300)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 2.0  # CPU seconds; anything quadratic takes minutes
 
 
 def check_parse(text: str) -> None:

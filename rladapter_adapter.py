@@ -477,6 +477,9 @@ class NoAdapter:
     def finetune(self, examples: Sequence[tuple[str, str]], key: jax.Array, **settings: float) -> dict[str, float]:
         return {}
 
+    def warm_up(self, prompts: Sequence[str], fine_tuning: bool) -> None:
+        pass
+
     def state(self) -> Tree:
         return {}
 
@@ -569,6 +572,16 @@ class Adapter:
         after = self.nll(held_out)
         loss = float(np.mean(losses)) if losses else before
         return {"sft_loss": loss, "nll_before": before, "nll_after": after, "examples": len(examples)}
+
+    def warm_up(self, prompts: Sequence[str], fine_tuning: bool) -> None:
+        """Compiles what prompts like these will need, so that it counts as compilation and not as training."""
+        if not prompts:
+            return
+        analyses = self.analyse(prompts, jax.random.key(0))
+        if fine_tuning:
+            learned = self.lora, self.optimizer
+            self.finetune([(prompts[0], analyses[0])], jax.random.key(0), epochs=1, learning_rate=0.0)
+            self.lora, self.optimizer = learned
 
     def nll(self, packed: dict[str, np.ndarray]) -> float:
         """Nats per response token over packed rows."""

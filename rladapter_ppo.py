@@ -192,8 +192,8 @@ def check_args(args: Args) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Pytrees. N envs, T steps, K rows of the table, P facts, S sub-goals, G = 22 of them basic, D context, O bytes of
-# observation. A row is one piece of advice: a sub-goal and the facts that it rests on.
+# Pytrees. N envs, T steps, K rows of the table, P facts, S sub-goals, G = 22 of them basic, M bits of context, D its
+# size as a vector, O bytes of observation. A row is one piece of advice: a sub-goal and the facts that it rests on.
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +210,7 @@ class GuidanceTable:
     valid: jax.Array  # (K,) bool, False for an empty row
     goals: jax.Array  # (K, S) bool, one-hot, the advised sub-goal
     show: jax.Array  # (K,) f32, probability that an env is given this advice (it is drawn once per env and phase)
-    names: jax.Array  # (S, D) f32, embedding of each sub-goal
+    names: jax.Array  # (S, 384) f32, embedding of each sub-goal
 
 
 @pytree
@@ -225,10 +225,10 @@ class Lookup:
 
 @pytree
 class Transition:
-    """One step of all envs, with the advice that the policy saw: its context is a function of that."""
+    """One step of all envs, with the context that the policy saw."""
 
     obs: jax.Array  # (N, O) uint8
-    advised: jax.Array  # (N, S) bool
+    context: jax.Array  # (N, M) bool, see CONTEXTS
     action: jax.Array  # (N,) int32
     log_prob: jax.Array  # (N,) f32
     value: jax.Array  # (N,) f32
@@ -271,9 +271,13 @@ class ActorCritic(nnx.Module):
         self.critic_norm = nnx.LayerNorm(width, rngs=rngs)
         self.critic = nnx.Linear(width, 1, kernel_init=nnx.initializers.orthogonal(1.0), rngs=rngs)
 
-    def __call__(self, features: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(B, F), (B, D) -> logits (B, A), value (B,)"""
-        x = nnx.relu(self.norm(self.features(features) + self.context(context)))
+    def __call__(self, features: jax.Array, weights: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(B, F), (B, M), (M, D) -> logits (B, A), value (B,)
+
+        The context vectors (B, D) are weights @ basis. They are never formed: few vectors make up all of them, and
+        to project those instead of every sample's sum is many times cheaper.
+        """
+        x = nnx.relu(self.norm(self.features(features) + weights @ self.context(basis)))
         logits = self.actor(nnx.relu(self.actor_norm(self.actor_hidden(x))))
         value = self.critic(nnx.relu(self.critic_norm(self.critic_hidden(x))))
         return logits, value[:, 0]
@@ -288,37 +292,42 @@ class Agent:
     guidance: str
 
     def __call__(
-        self, params: Pytree, table: GuidanceTable, obs: jax.Array, advised: jax.Array
+        self, params: Pytree, table: GuidanceTable, obs: jax.Array, context: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """(B, O) uint8, (B, S) bool -> logits (B, A), value (B,)"""
-        context = CONTEXTS[self.guidance](self.env, table, obs, advised)
-        return nnx.merge(self.graphdef, params)(self.env.features(obs), context)
+        """(B, O) uint8, (B, M) bool -> logits (B, A), value (B,)"""
+        embed = embed_advice if self.guidance == "full" else embed_bits
+        return nnx.merge(self.graphdef, params)(self.env.features(obs), *embed(table, context))
 
 
-def guidance_context(env: Any, table: GuidanceTable, obs: jax.Array, advised: jax.Array) -> jax.Array:
-    """Embedding of the advised sub-goals, the sum of their names' embeddings, of norm sqrt(D), and the facts.
-
-    The facts that advice may rest on, what is unlocked among them, are worth much to a policy without memory, and the
-    guide has read them all: a policy that is given advice but not its reasons loses to one that sees the facts alone.
-    """
-    total = advised.astype(jnp.float32) @ table.names  # (B, D)
-    norm = jnp.linalg.norm(total, axis=1, keepdims=True)
-    embedding = total * math.sqrt(CONTEXT_SIZE) / jnp.maximum(norm, 1e-6)
-    return jnp.concatenate([embedding, facts_context(env, table, obs, advised)], axis=1)
-
-
-def facts_context(env: Any, table: GuidanceTable, obs: jax.Array, advised: jax.Array) -> jax.Array:
-    """The facts alone, (B, P): the control."""
-    return env.facts(obs).astype(jnp.float32)
-
-
+# What the policy is told, in bits: (N, S) advised, (N, P) facts -> (N, M).
+#
+# The facts that advice may rest on, what is unlocked among them, are worth much to a policy without memory, and the
+# guide has read them all: a policy that is given advice but not its reasons loses to one that sees the facts alone.
 CONTEXTS = {
-    "full": guidance_context,
-    "facts": facts_context,
-    "none": lambda env, table, obs, advised: jnp.zeros((obs.shape[0], 1)),
+    "full": lambda advised, facts: jnp.concatenate([advised, facts], axis=1),
+    "facts": lambda advised, facts: facts,  # the control
+    "none": lambda advised, facts: jnp.zeros((len(facts), 1), bool),
 }
-CONTEXT_SIZE = 384
-CONTEXT_SIZES = {"full": CONTEXT_SIZE + len(FACTS), "facts": len(FACTS), "none": 1}
+NAME_SIZE = 384
+CONTEXT_SIZES = {"full": NAME_SIZE + len(FACTS), "facts": len(FACTS), "none": 1}
+
+
+def embed_advice(table: GuidanceTable, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(B, S + P) bool -> weights (B, S + P), basis (S + P, 384 + P) of the context vectors.
+
+    A context vector is the embedding of the advised sub-goals, the sum of their names' embeddings scaled to norm
+    sqrt(384), followed by the facts.
+    """
+    num_goals = len(table.names)
+    advised, facts = jnp.split(context.astype(jnp.float32), [num_goals], axis=1)
+    norm = jnp.sqrt(jnp.maximum(((advised @ (table.names @ table.names.T)) * advised).sum(1, keepdims=True), 1e-12))
+    weights = jnp.concatenate([advised * math.sqrt(NAME_SIZE) / norm, facts], axis=1)
+    return weights, jax.scipy.linalg.block_diag(table.names, jnp.eye(facts.shape[1]))
+
+
+def embed_bits(table: GuidanceTable, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(B, M) bool -> weights (B, M), basis (M, M): the bits themselves."""
+    return context.astype(jnp.float32), jnp.eye(context.shape[1])
 
 
 def make_agent(args: Args, env: Any, key: jax.Array) -> tuple[Agent, Pytree]:
@@ -392,7 +401,7 @@ class Records:
             "num_asked": np.zeros((), np.int64),
         }
         self.prompts, self.analyses = [""] * rows, [""] * rows  # adapter's prompt and answer: what it is tuned on
-        self.names = llm_client.HashEmbedding(CONTEXT_SIZE).encode(list(SUB_GOALS)).astype(np.float32)
+        self.names = llm_client.HashEmbedding(NAME_SIZE).encode(list(SUB_GOALS)).astype(np.float32)
 
     def __getattr__(self, name: str) -> np.ndarray:
         try:
@@ -527,7 +536,7 @@ def comprehension_scores(args: Args, records: Records) -> np.ndarray:
         done, names = records.reached[:, SHOWN], records.names[:NUM_BASIC]
         if args.comprehension == "cosine-actions":
             done = records.actions[:, SHOWN]
-            names = llm_client.HashEmbedding(CONTEXT_SIZE).encode(action_names(done.shape[1]))
+            names = llm_client.HashEmbedding(NAME_SIZE).encode(action_names(done.shape[1]))
         did, said = done @ names, records.names[records.goal]  # (K, D)
         norm = np.linalg.norm(did, axis=1) * np.linalg.norm(said, axis=1)
         score = reference_score((did * said).sum(1) / np.maximum(norm, 1e-9))
@@ -650,32 +659,42 @@ def finetune(records: Records, adapter: Any, key: jax.Array) -> dict[str, float]
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def make_lookup(args: Args, agent: Agent, table: GuidanceTable, key: jax.Array, obs: jax.Array) -> Lookup:
-    """Draw who is shown what, and find the rows that fit now (obs: (N, O))."""
+def make_lookup(args: Args, table: GuidanceTable, key: jax.Array, facts: jax.Array) -> Lookup:
+    """Draw who is shown what, and find the rows that fit now (facts: (N, P))."""
     sign = jnp.where(table.care, 1.0 - 2.0 * table.keys, 0.0)
     offset = (table.care & table.keys).sum(1) + 1e6 * ~table.valid
-    shown = jax.random.uniform(key, (obs.shape[0], table.valid.shape[0])) < table.show
+    shown = jax.random.uniform(key, (facts.shape[0], table.valid.shape[0])) < table.show
     lookup = Lookup(sign.T, offset, shown, jnp.zeros_like(shown))
-    return dataclasses.replace(lookup, pinned=fitting_rows(args, agent, lookup, obs))
+    return dataclasses.replace(lookup, pinned=fitting_rows(args, lookup, facts))
 
 
-def fitting_rows(args: Args, agent: Agent, lookup: Lookup, obs: jax.Array) -> jax.Array:
-    """(N, O) -> (N, K) rows that agree with the state in the facts they care about, all but `guidance_tolerance`."""
-    wrong = agent.env.facts(obs).astype(jnp.float32) @ lookup.weights + lookup.offset
+def fitting_rows(args: Args, lookup: Lookup, facts: jax.Array) -> jax.Array:
+    """(N, P) -> (N, K) rows that agree with the facts they care about, all but `guidance_tolerance`."""
+    wrong = facts.astype(jnp.float32) @ lookup.weights + lookup.offset
     return wrong <= args.guidance_tolerance + 0.5
 
 
-def rows_in_force(args: Args, agent: Agent, lookup: Lookup, obs: jax.Array) -> jax.Array:
+def rows_in_force(args: Args, lookup: Lookup, facts: jax.Array) -> jax.Array:
     """(N, K) rows that fit: at this step, or at the pause with --guidance-lookup pause."""
-    return fitting_rows(args, agent, lookup, obs) if args.guidance_lookup == "step" else lookup.pinned
+    return fitting_rows(args, lookup, facts) if args.guidance_lookup == "step" else lookup.pinned
 
 
-def find_advice(args: Args, agent: Agent, table: GuidanceTable, lookup: Lookup, obs: jax.Array) -> jax.Array:
+def find_advice(args: Args, table: GuidanceTable, lookup: Lookup, facts: jax.Array) -> jax.Array:
     """(N, S) sub-goals advised to every env. Without guidance all are: a bonus is for any, nothing is looked up."""
     if args.guidance != "full":
-        return jnp.ones((obs.shape[0], table.goals.shape[1]), bool)
-    rows = rows_in_force(args, agent, lookup, obs) & lookup.shown
+        return jnp.ones((facts.shape[0], table.goals.shape[1]), bool)
+    rows = rows_in_force(args, lookup, facts) & lookup.shown
     return rows.astype(jnp.float32) @ table.goals.astype(jnp.float32) > 0
+
+
+def look(
+    args: Args, agent: Agent, table: GuidanceTable, lookup: Lookup, env_state: Pytree
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What every env shows and is told: obs (N, O), context (N, M) for the policy, advised (N, S) for the bonus."""
+    obs = agent.env.observe(env_state)
+    facts = agent.env.facts(obs)
+    advised = find_advice(args, table, lookup, facts)
+    return obs, CONTEXTS[args.guidance](advised, facts), advised
 
 
 def sample_action(key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -694,24 +713,24 @@ def rollout(
     """T steps of all envs.
 
     Returns:
-        the runner; transitions with a leading axis T; sums over the episodes that ended
+        the runner; transitions with a leading axis T; sums over steps and ended episodes
     """
     key, key_refill, key_steps = jax.random.split(runner.key, 3)
 
     def step(carry: Runner, key_step: jax.Array) -> tuple[Runner, tuple[Transition, dict[str, jax.Array]]]:
         key_action, key_env = jax.random.split(key_step)
-        obs = agent.env.observe(carry.env_state)
-        advised = find_advice(args, agent, table, lookup, obs)
-        logits, value = agent(carry.params, table, obs, advised)
+        obs, context, advised = look(args, agent, table, lookup, carry.env_state)
+        logits, value = agent(carry.params, table, obs, context)
         action, log_prob = sample_action(key_action, logits)
         env_state, env_reward, done, info = agent.env.step(key_env, carry.env_state, action)
         worked = info["worked"] & advised[:, :NUM_BASIC]
         transition = Transition(
-            obs=obs, advised=advised, action=action, log_prob=log_prob, value=value, env_reward=env_reward, done=done,
+            obs=obs, context=context, action=action, log_prob=log_prob, value=value, env_reward=env_reward, done=done,
             reward=env_reward + args.bonus * worked.sum(1), reached=info["reached"],
         )  # fmt: skip
         episodic_return, episodic_length = carry.episodic_return + env_reward, carry.episodic_length + 1
         ended = {
+            "covered_steps": advised.any(1).sum(),
             "episodes": done.sum(),
             "episodic_return": (episodic_return * done).sum(),
             "episodic_length": (episodic_length * done).sum(),
@@ -765,7 +784,7 @@ def ppo_loss(
     returns: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Clipped surrogate, value and entropy loss of one minibatch (B,), and what CleanRL logs about it."""
-    logits, value = agent(params, table, batch.obs, batch.advised)
+    logits, value = agent(params, table, batch.obs, batch.context)
     log_ratio = action_log_prob(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
     if args.norm_adv:
@@ -835,7 +854,7 @@ def row_outcomes(
     def step(carry: tuple, x: tuple) -> tuple[tuple, None]:
         before, counted, succeeded, sums = carry  # (N, K) bool: fitted before, visit is counted, sub-goal was reached
         t, return_t, fresh_t = x
-        fits = rows_in_force(args, agent, lookup, t.obs)
+        fits = rows_in_force(args, lookup, agent.env.facts(t.obs))
         entered = fits & (~before | fresh_t[:, None])
         counted = (counted | entered) & fits
         hit = (t.reached.astype(jnp.float32) @ basic.T > 0) & counted
@@ -850,7 +869,7 @@ def row_outcomes(
         return (fits, counted, hit | (succeeded & counted & ~entered), sums + jnp.concatenate(add, -1)), None
 
     nothing = jnp.zeros_like(lookup.shown)
-    start = rows_in_force(args, agent, lookup, transitions.obs[0])
+    start = rows_in_force(args, lookup, agent.env.facts(transitions.obs[0]))
     sums = jnp.zeros((start.shape[1], 2, 5 + NUM_BASIC + agent.env.num_actions))
     (_, _, _, sums), _ = jax.lax.scan(step, (start, nothing, nothing, sums), (transitions, returns, fresh))
     outcomes = {name: sums[..., i] for i, name in enumerate(("visits", "returns", "squares", "successes", "steps"))}
@@ -868,21 +887,19 @@ def train_phase(
     """
     key, key_lookup = jax.random.split(runner.key)
     obs = agent.env.observe(runner.env_state)
-    lookup = make_lookup(args, agent, table, key_lookup, obs)
+    lookup = make_lookup(args, table, key_lookup, agent.env.facts(obs))
     runner = dataclasses.replace(runner, key=key)
 
     def one_update(i: jax.Array, carry: tuple) -> tuple:
         runner, metrics, outcomes, samples = carry
         runner, transitions, sums = rollout(args, agent, runner, table, lookup)
-        last_obs = agent.env.observe(runner.env_state)
-        last_advised = find_advice(args, agent, table, lookup, last_obs)
-        _, last_value = agent(runner.params, table, last_obs, last_advised)
+        last_obs, last_context, _ = look(args, agent, table, lookup, runner.env_state)
+        _, last_value = agent(runner.params, table, last_obs, last_context)
         key, key_sample = jax.random.split(runner.key)
         runner, losses = update_agent(args, agent, dataclasses.replace(runner, key=key), table, transitions, last_value)
         chosen = jax.random.randint(key_sample, (SAMPLES_PER_UPDATE,), 0, args.batch_size)
         sample = transitions.obs.reshape(args.batch_size, -1)[chosen]
         sums |= losses | {"bonus": (transitions.reward - transitions.env_reward).sum()}
-        sums["covered_steps"] = transitions.advised.any(-1).sum().astype(jnp.float32)
         new_outcomes = row_outcomes(args, agent, table, lookup, transitions) if args.guidance == "full" else {}
         metrics, outcomes = jax.tree.map(jnp.add, (metrics, outcomes), (sums, new_outcomes))
         return runner, metrics, outcomes, jax.lax.dynamic_update_index_in_dim(samples, sample, i, 0)
@@ -916,14 +933,14 @@ def evaluate_steps(
 ) -> dict[str, Any]:  # fmt: skip
     """num_steps steps of all envs; each env counts its first num_episodes episodes only."""
     key, key_refill, key_steps, key_lookup = jax.random.split(carry["key"], 4)
-    lookup = make_lookup(args, agent, table, key_lookup, agent.env.observe(carry["env_state"]))
+    facts = agent.env.facts(agent.env.observe(carry["env_state"]))
+    lookup = make_lookup(args, table, key_lookup, facts)
     lookup = dataclasses.replace(lookup, pinned=jnp.where(redraw, lookup.pinned, carry["pinned"]))
 
     def step(carry: dict[str, Any], key_step: jax.Array) -> tuple[dict[str, Any], None]:
         key_action, key_env = jax.random.split(key_step)
-        obs = agent.env.observe(carry["env_state"])
-        advised = find_advice(args, agent, table, lookup, obs)
-        action, _ = sample_action(key_action, agent(params, table, obs, advised)[0])
+        obs, context, _ = look(args, agent, table, lookup, carry["env_state"])
+        action, _ = sample_action(key_action, agent(params, table, obs, context)[0])
         env_state, reward, done, info = agent.env.step(key_env, carry["env_state"], action)
         counts = done & (carry["episodes"] < num_episodes)
         so_far, length = carry["so_far"] + reward, carry["length"] + 1
@@ -1233,6 +1250,14 @@ def train(session: Session, progress: Any) -> dict[str, Any] | None:
     stop = StopRequest(progress.console)
     values = args, session.agent, session.runner, session.records.table(), jnp.int32(1)
     train_compiled, compile_seconds = ahead_of_time(args, train_phase, *values)
+    if args.guidance == "full":
+        start = time.perf_counter()
+        texts = [
+            rladapter_adapter.adapter_prompt(session.agent.env.to_text(obs), [], None)
+            for obs in session.samples[: args.queries_per_phase]
+        ]
+        session.adapter.warm_up(texts, fine_tuning=args.sft_every > 0)
+        compile_seconds += time.perf_counter() - start
     counters.add(compile_seconds=compile_seconds, wall_seconds=compile_seconds)
     progress.console.print(
         f"compiled in {compile_seconds:.1f} s; {args.num_updates} updates, a pause every {args.updates_per_phase}"

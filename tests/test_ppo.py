@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -53,7 +54,12 @@ LAKE = {"drink water": [("water in view", True)]}
 
 
 def lookup_of(args, agent, table, runner):
-    return rl.make_lookup(args, agent, table, jax.random.key(9), agent.env.observe(runner.env_state))
+    return rl.make_lookup(args, table, jax.random.key(9), agent.env.facts(agent.env.observe(runner.env_state)))
+
+
+def advised_in(transitions):
+    """The sub-goals among the bits of the context, (..., S)."""
+    return np.asarray(transitions.context)[..., : len(SUB_GOALS)]
 
 
 # ---- GAE and losses
@@ -98,7 +104,7 @@ def test_gae_does_not_leak_over_the_end_of_an_episode():
 class FixedAgent:
     """Two actions; the obs byte is the logit of action 1, the value is 0.5."""
 
-    def __call__(self, params, table, obs, advised):
+    def __call__(self, params, table, obs, context):
         logit = params * obs[:, 0].astype(jnp.float32)
         return jnp.stack([jnp.zeros_like(logit), logit], 1), jnp.full(obs.shape[0], 0.5)
 
@@ -107,7 +113,7 @@ def loss_of(log_ratio, advantage, args=rl.Args(norm_adv=False, ent_coef=0.0, vf_
     """PPO loss of one sample whose new probability is exp(log_ratio) times the old one."""
     zeros = jnp.zeros(1)
     batch = rl.Transition(
-        obs=jnp.zeros((1, 1), jnp.uint8), advised=zeros, action=jnp.zeros(1, jnp.int32),
+        obs=jnp.zeros((1, 1), jnp.uint8), context=zeros, action=jnp.zeros(1, jnp.int32),
         log_prob=jnp.log(jnp.array([0.5])) - log_ratio, value=zeros, reward=zeros, env_reward=zeros, done=zeros,
         reached=zeros,
     )  # fmt: skip
@@ -137,11 +143,11 @@ def test_ratio_is_one_in_the_first_minibatch():
     store(records, key_of(EMPTY_TREE), TREE)
     table = records.best_table()
     _, transitions, _ = rl.rollout(TOY, agent, runner, table, lookup_of(TOY, agent, table, runner))
-    assert 0 < np.asarray(transitions.advised).any(-1).mean() < 1  # guided and unguided steps
+    assert 0 < advised_in(transitions).any(-1).mean() < 1  # guided and unguided steps
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), transitions)
     _, metrics = rl.ppo_loss(TOY, agent, runner.params, table, flat, flat.reward, flat.reward)
     assert abs(float(metrics["approx_kl"])) < 1e-6 and float(metrics["clipfrac"]) == 0.0
-    other = dataclasses.replace(flat, advised=~flat.advised)
+    other = dataclasses.replace(flat, context=~flat.context)
     _, metrics = rl.ppo_loss(TOY, agent, runner.params, table, other, flat.reward, flat.reward)
     assert abs(float(metrics["approx_kl"])) > 1e-6  # the context matters, so the check above can fail
 
@@ -153,13 +159,8 @@ def advised(records, *situations, tolerance=0):
     """Names of the sub-goals that the device advises in each situation, all advice shown."""
     args = dataclasses.replace(TOY, guidance_tolerance=tolerance)
     table, facts = records.best_table(), jnp.asarray(np.stack([key_of(s) for s in situations]))
-
-    class Env:
-        facts = staticmethod(lambda obs: obs > 0)
-
-    agent = dataclasses.make_dataclass("Agent", ["env"])(Env)
-    lookup = rl.make_lookup(args, agent, table, jax.random.key(0), facts.astype(jnp.uint8))
-    found = np.asarray(rl.find_advice(args, agent, table, lookup, facts.astype(jnp.uint8)))
+    lookup = rl.make_lookup(args, table, jax.random.key(0), facts)
+    found = np.asarray(rl.find_advice(args, table, lookup, facts))
     return [{SUB_GOALS[i] for i in np.flatnonzero(row)} for row in found]
 
 
@@ -237,13 +238,28 @@ def test_a_full_table_gives_up_the_row_that_is_used_least():
 def test_the_context_is_the_embedding_of_the_advised_sub_goals():
     records = rl.Records(TOY, 3, (2,))
     rows = jnp.asarray(np.isin(np.arange(len(SUB_GOALS)), [0, 4]))[None]
-    env, obs = make_env("Toy-v0", 1), jnp.zeros((1, 2), jnp.uint8)
-    context, facts = np.split(np.asarray(rl.guidance_context(env, records.table(), obs, rows))[0], [384])
+    facts = make_env("Toy-v0", 1).facts(jnp.zeros((1, 2), jnp.uint8))
+
+    def vector(rows):
+        weights, basis = rl.embed_advice(records.table(), rl.CONTEXTS["full"](rows, facts))
+        return np.split(np.asarray(weights @ basis)[0], [384])
+
     expected = llm_client.embed_sub_goals(llm_client.HashEmbedding(384), [0, 4]) * np.sqrt(384)
-    np.testing.assert_allclose(context, expected, atol=1e-4)
-    np.testing.assert_array_equal(facts, env.facts(obs)[0])
-    silent = rl.guidance_context(env, records.table(), obs, jnp.zeros((1, len(SUB_GOALS)), bool))
-    assert not np.asarray(silent)[0, :384].any()
+    np.testing.assert_allclose(vector(rows)[0], expected, atol=1e-4)
+    np.testing.assert_array_equal(vector(rows)[1], facts[0])
+    assert not vector(jnp.zeros_like(rows))[0].any()
+
+
+def test_the_network_never_forms_the_context_vectors_but_uses_them():
+    agent, runner, records = setup(TOY)
+    network = nnx.merge(agent.graphdef, runner.params)
+    context = jnp.eye(3, len(SUB_GOALS) + len(FACTS), dtype=bool)
+    features = agent.env.features(agent.env.observe(runner.env_state))[:3]
+    weights, basis = rl.embed_advice(records.table(), context)
+    factored = network(features, weights, basis)
+    formed = network(features, jnp.eye(3), weights @ basis)
+    for a, b in zip(factored, formed, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def rolled(args, records, agent, runner, table=None):
@@ -277,9 +293,7 @@ def test_pause_lookup_keeps_the_advice_for_the_whole_phase():
     records.keys[tree] = key_of(EMPTY_TREE)
     target = np.asarray(runner.env_state.target)
     t = rolled(args, records, agent, runner)
-    np.testing.assert_array_equal(
-        np.asarray(t.advised)[:, :, SUB_GOAL_INDEX["chop tree"]], np.tile(target == 0, (16, 1))
-    )
+    np.testing.assert_array_equal(advised_in(t)[:, :, SUB_GOAL_INDEX["chop tree"]], np.tile(target == 0, (16, 1)))
     _, _, outcomes, _ = rl.train_phase(args, agent, runner, records.table(), jnp.int32(2))
     assert np.asarray(outcomes["steps"])[tree].tolist() == [0, (target == 0).sum() * 32]
     assert np.asarray(outcomes["steps"])[lake].tolist() == [0, (target == 1).sum() * 32]
@@ -297,13 +311,13 @@ def test_outcomes_count_visits_returns_at_entry_and_what_was_reached():
     zeros = jnp.zeros((4, 2))
     reached = jnp.zeros((4, 2, NUM_BASIC), bool).at[1, 0, 0].set(True).at[2, 0, 0].set(True).at[2, 1, 0].set(True)
     transitions = rl.Transition(
-        obs=jnp.stack([target, jnp.zeros_like(target)], -1).astype(jnp.uint8), advised=jnp.zeros((4, 2, 31), bool),
+        obs=jnp.stack([target, jnp.zeros_like(target)], -1).astype(jnp.uint8), context=jnp.zeros((4, 2, 89), bool),
         action=jnp.ones((4, 2), jnp.int32), log_prob=zeros, value=zeros, reward=zeros + 9.0,
         env_reward=jnp.array([[5.0, 0.0], [1.0, 2.0], [0.0, 0.0], [4.0, 8.0]]), done=jnp.zeros((4, 2), bool),
         reached=reached,
     )  # fmt: skip
     table = records.table()
-    lookup = rl.make_lookup(args, agent, table, jax.random.key(0), transitions.obs[0])
+    lookup = rl.make_lookup(args, table, jax.random.key(0), agent.env.facts(transitions.obs[0]))
     lookup = dataclasses.replace(lookup, shown=jnp.tile(jnp.array([[True], [False]]), (1, 8)))
     out = {name: np.asarray(v)[row] for name, v in rl.row_outcomes(args, agent, table, lookup, transitions).items()}
     assert out["visits"].tolist() == [2, 1] and out["steps"].tolist() == [2, 2]  # [hidden, shown]
@@ -561,7 +575,7 @@ def test_the_critic_finds_the_known_value_of_a_probe_env():
     runner = rl.init_runner(args, agent, params, jax.random.key(1))
     table = rl.Records(args, 2, (1,)).table()
     runner, metrics, _, _ = rl.train_phase(args, agent, runner, table, jnp.int32(60))
-    _, value = agent(runner.params, table, jnp.arange(4, dtype=jnp.uint8)[:, None], jnp.zeros((4, 31), bool))
+    _, value = agent(runner.params, table, jnp.arange(4, dtype=jnp.uint8)[:, None], jnp.zeros((4, 1), bool))
     np.testing.assert_allclose(value, [1.875, 1.75, 1.5, 1.0], atol=0.1)
 
 

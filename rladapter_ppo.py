@@ -259,10 +259,11 @@ class Runner:
 class ActorCritic(nnx.Module):
     """Features and context are summed in the first layer, as in the paper; actor and critic have one of their own."""
 
-    def __init__(self, num_features: int, context_dim: int, num_actions: int, width: int, rngs: nnx.Rngs):
+    def __init__(self, num_features: int, context_sizes: tuple[int, ...], num_actions: int, width: int, rngs: nnx.Rngs):
         hidden_init = nnx.initializers.orthogonal(math.sqrt(2.0))
         self.features = nnx.Linear(num_features, width, kernel_init=hidden_init, rngs=rngs)
-        self.context = nnx.Linear(context_dim, width, use_bias=False, kernel_init=hidden_init, rngs=rngs)
+        linear = functools.partial(nnx.Linear, use_bias=False, kernel_init=hidden_init, rngs=rngs)
+        self.context = nnx.List([linear(size, width) for size in context_sizes])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.actor_hidden = nnx.Linear(width, width, kernel_init=hidden_init, rngs=rngs)
         self.actor_norm = nnx.LayerNorm(width, rngs=rngs)
@@ -271,13 +272,16 @@ class ActorCritic(nnx.Module):
         self.critic_norm = nnx.LayerNorm(width, rngs=rngs)
         self.critic = nnx.Linear(width, 1, kernel_init=nnx.initializers.orthogonal(1.0), rngs=rngs)
 
-    def __call__(self, features: jax.Array, weights: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(B, F), (B, M), (M, D) -> logits (B, A), value (B,)
+    def __call__(self, features: jax.Array, context: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+        """features (B, F), context pairs of weights (B, M) and basis (M, D) -> logits (B, A), value (B,)
 
-        The context vectors (B, D) are weights @ basis. They are never formed: few vectors make up all of them, and
+        The context vectors are weights @ basis (B, D). They are never formed: few vectors make up all of them, and
         to project those instead of every sample's sum is many times cheaper.
         """
-        x = nnx.relu(self.norm(self.features(features) + weights @ self.context(basis)))
+        x = self.features(features)
+        for layer, (weights, basis) in zip(self.context, context, strict=True):
+            x = x + weights @ layer(basis)
+        x = nnx.relu(self.norm(x))
         logits = self.actor(nnx.relu(self.actor_norm(self.actor_hidden(x))))
         value = self.critic(nnx.relu(self.critic_norm(self.critic_hidden(x))))
         return logits, value[:, 0]
@@ -295,46 +299,40 @@ class Agent:
         self, params: Pytree, table: GuidanceTable, obs: jax.Array, context: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """(B, O) uint8, (B, M) bool -> logits (B, A), value (B,)"""
-        embed = embed_advice if self.guidance == "full" else embed_bits
-        return nnx.merge(self.graphdef, params)(self.env.features(obs), *embed(table, context))
+        return nnx.merge(self.graphdef, params)(self.env.features(obs), EMBEDDINGS[self.guidance](table, context))
 
 
-# What the policy is told, in bits: (N, S) advised, (N, P) facts -> (N, M).
+def embed_advice(table: GuidanceTable, context: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """(B, S + P) bool -> the sum of the advised sub-goals' embeddings (S, 384), scaled to norm sqrt(384); the facts."""
+    advised, facts = context[:, : len(table.names)].astype(jnp.float32), context[:, len(table.names) :]
+    norm = jnp.sqrt(jnp.maximum(((advised @ (table.names @ table.names.T)) * advised).sum(1, keepdims=True), 1e-12))
+    return [(advised * math.sqrt(NAME_SIZE) / norm, table.names), *embed_facts(table, facts)]
+
+
+def embed_facts(table: GuidanceTable, context: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """(B, P) bool -> the facts as they are."""
+    return [(context.astype(jnp.float32), jnp.eye(context.shape[1]))]
+
+
+# What the policy is told, in bits: (N, S) advised, (N, P) facts -> (N, M); and how it reads them.
 #
 # The facts that advice may rest on, what is unlocked among them, are worth much to a policy without memory, and the
 # guide has read them all: a policy that is given advice but not its reasons loses to one that sees the facts alone.
 CONTEXTS = {
     "full": lambda advised, facts: jnp.concatenate([advised, facts], axis=1),
     "facts": lambda advised, facts: facts,  # the control
-    "none": lambda advised, facts: jnp.zeros((len(facts), 1), bool),
+    "none": lambda advised, facts: facts[:, :0],
 }
+EMBEDDINGS = {"full": embed_advice, "facts": embed_facts, "none": lambda table, context: []}
 NAME_SIZE = 384
-CONTEXT_SIZES = {"full": NAME_SIZE + len(FACTS), "facts": len(FACTS), "none": 1}
-
-
-def embed_advice(table: GuidanceTable, context: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(B, S + P) bool -> weights (B, S + P), basis (S + P, 384 + P) of the context vectors.
-
-    A context vector is the embedding of the advised sub-goals, the sum of their names' embeddings scaled to norm
-    sqrt(384), followed by the facts.
-    """
-    num_goals = len(table.names)
-    advised, facts = jnp.split(context.astype(jnp.float32), [num_goals], axis=1)
-    norm = jnp.sqrt(jnp.maximum(((advised @ (table.names @ table.names.T)) * advised).sum(1, keepdims=True), 1e-12))
-    weights = jnp.concatenate([advised * math.sqrt(NAME_SIZE) / norm, facts], axis=1)
-    return weights, jax.scipy.linalg.block_diag(table.names, jnp.eye(facts.shape[1]))
-
-
-def embed_bits(table: GuidanceTable, context: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(B, M) bool -> weights (B, M), basis (M, M): the bits themselves."""
-    return context.astype(jnp.float32), jnp.eye(context.shape[1])
+CONTEXT_SIZES = {"full": (NAME_SIZE, len(FACTS)), "facts": (len(FACTS),), "none": ()}
 
 
 def make_agent(args: Args, env: Any, key: jax.Array) -> tuple[Agent, Pytree]:
     """The network, split into its static and its trained half."""
     num_features = jax.eval_shape(lambda k: env.features(env.observe(env.reset(k, 1))), key).shape[-1]
-    context_dim = CONTEXT_SIZES[args.guidance]
-    network = ActorCritic(num_features, context_dim, env.num_actions, args.hidden_size, nnx.Rngs(key))
+    sizes = CONTEXT_SIZES[args.guidance]
+    network = ActorCritic(num_features, sizes, env.num_actions, args.hidden_size, nnx.Rngs(key))
     graphdef, params = nnx.split(network)
     return Agent(env, graphdef, args.guidance), params
 
@@ -810,7 +808,7 @@ def update_agent(
     advantages, returns = compute_gae(
         transitions.reward, transitions.value, transitions.done, last_value, args.gamma, args.gae_lambda
     )
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (transitions, advantages, returns))
+    flat = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), (transitions, advantages, returns))
     optimizer, rate = make_optimizer(args), learning_rate(args, runner.update)
 
     def minibatch(

@@ -241,8 +241,8 @@ def test_the_context_is_the_embedding_of_the_advised_sub_goals():
     facts = make_env("Toy-v0", 1).facts(jnp.zeros((1, 2), jnp.uint8))
 
     def vector(rows):
-        weights, basis = rl.embed_advice(records.table(), rl.CONTEXTS["full"](rows, facts))
-        return np.split(np.asarray(weights @ basis)[0], [384])
+        parts = rl.embed_advice(records.table(), rl.CONTEXTS["full"](rows, facts))
+        return [np.asarray(weights @ basis)[0] for weights, basis in parts]
 
     expected = llm_client.embed_sub_goals(llm_client.HashEmbedding(384), [0, 4]) * np.sqrt(384)
     np.testing.assert_allclose(vector(rows)[0], expected, atol=1e-4)
@@ -255,9 +255,9 @@ def test_the_network_never_forms_the_context_vectors_but_uses_them():
     network = nnx.merge(agent.graphdef, runner.params)
     context = jnp.eye(3, len(SUB_GOALS) + len(FACTS), dtype=bool)
     features = agent.env.features(agent.env.observe(runner.env_state))[:3]
-    weights, basis = rl.embed_advice(records.table(), context)
-    factored = network(features, weights, basis)
-    formed = network(features, jnp.eye(3), weights @ basis)
+    parts = rl.embed_advice(records.table(), context)
+    factored = network(features, parts)
+    formed = network(features, [(jnp.eye(3), weights @ basis) for weights, basis in parts])
     for a, b in zip(factored, formed, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -575,7 +575,7 @@ def test_the_critic_finds_the_known_value_of_a_probe_env():
     runner = rl.init_runner(args, agent, params, jax.random.key(1))
     table = rl.Records(args, 2, (1,)).table()
     runner, metrics, _, _ = rl.train_phase(args, agent, runner, table, jnp.int32(60))
-    _, value = agent(runner.params, table, jnp.arange(4, dtype=jnp.uint8)[:, None], jnp.zeros((4, 1), bool))
+    _, value = agent(runner.params, table, jnp.arange(4, dtype=jnp.uint8)[:, None], jnp.zeros((4, 0), bool))
     np.testing.assert_allclose(value, [1.875, 1.75, 1.5, 1.0], atol=0.1)
 
 

@@ -1,0 +1,120 @@
+"""Results: small files made from run folders, committed under benchmarks/results/<suite>/<variant>-<seed>.json.
+
+    command, git_commit, versions, device, num_cpus    where it came from
+    summary                                            the run's summary.json
+    curve                                              columns global_step, episodic_return, score, llm_calls (so far)
+                                                       at up to 50 of the run's phases; older results have no score and
+                                                       no llm_calls
+
+`python benchmarks/plot.py --collect` makes them.
+"""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from run import VARIANTS, differing_flag, flags_of
+
+CURVE_POINTS = 50
+Result = dict[str, Any]
+Results = dict[str, dict[int, Result]]  # variant -> seed -> result
+
+
+def read_run(folder: Path) -> Result:
+    """The result of a finished run folder. Raises OSError or ValueError if a file is missing or broken."""
+    config = json.loads((folder / "config.json").read_text())
+    words = config["argv"]
+    if "--run-dir" in words:
+        at = words.index("--run-dir")
+        words = words[:at] + words[at + 2 :]
+    return {
+        "command": shlex.join(["python", "rladapter_ppo.py", *words]),
+        **{name: config[name] for name in ("git_commit", "versions", "device", "num_cpus")},
+        "summary": json.loads((folder / "summary.json").read_text()),
+        "curve": curve([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]),
+    }
+
+
+def curve(metrics: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Columns of the phases in which an episode ended, up to 50 of them, the first and the last included."""
+    calls = np.cumsum([m.get("llm/calls") or 0 for m in metrics])
+    ended = [i for i, m in enumerate(metrics) if m.get("charts/episodic_return") is not None]
+    kept = (
+        [ended[i] for i in np.unique(np.linspace(0, len(ended) - 1, CURVE_POINTS).round().astype(int))] if ended else []
+    )
+    return {
+        "global_step": [metrics[i]["global_step"] for i in kept],
+        "episodic_return": [round(metrics[i]["charts/episodic_return"], 3) for i in kept],
+        "score": [round(metrics[i]["crafter/score"], 3) for i in kept],
+        "llm_calls": [int(calls[i]) for i in kept],
+    }
+
+
+def collect(suite: str, runs_dir: Path, results_dir: Path, allow_dirty: bool = False) -> list[Path]:
+    """Write a result for each finished run of VARIANTS in runs_dir; the paths written.
+
+    Raises ValueError, before anything is written, for a run with other flags than its variant has, or of a commit
+    with changes that were not committed.
+    """
+    found = {}
+    for folder in sorted(path.parent for path in runs_dir.glob("*/summary.json")):
+        variant, _, seed = folder.name.rpartition("-")
+        if variant not in VARIANTS or not seed.isdigit():
+            raise ValueError(f"{folder}: the folder's name is not <variant>-<seed>; move it away")
+        result = read_run(folder)
+        flags = json.loads((folder / "config.json").read_text())["flags"]
+        difference = differing_flag(flags, flags_of(suite, variant, int(seed), flags["total_timesteps"]))
+        if difference:
+            raise ValueError(f"{folder} was made with other flags than {variant} has ({difference})")
+        if not allow_dirty and (result["git_commit"] or "-dirty").endswith("-dirty"):
+            raise ValueError(
+                f"{folder} was made from code that is in no commit ({result['git_commit']}); train it again from a "
+                "clean commit, or say --allow-dirty"
+            )
+        found[results_dir / f"{folder.name}.json"] = result
+    if not found:
+        raise ValueError(f"no finished run in {runs_dir}; train some with: python benchmarks/run.py --suite {suite}")
+    results_dir.mkdir(parents=True, exist_ok=True)
+    for path, result in found.items():
+        path.write_text(dumps(result))
+    return list(found)
+
+
+def dumps(result: Result) -> str:
+    """JSON with a line for each entry of the summary and each column of the curve."""
+    entries = []
+    for key, value in result.items():
+        if key in ("summary", "curve"):
+            inner = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+            entries.append(f" {json.dumps(key)}: {{\n{inner}\n }}")
+        else:
+            entries.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def load(folder: Path) -> Results:
+    """The results in a folder of result files, or of run folders. Variants in the order of VARIANTS, then others.
+
+    Raises ValueError if there is none, or two of the same variant and seed.
+    """
+    named = [(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    named += [(path.parent.name, read_run(path.parent)) for path in sorted(folder.glob("*/summary.json"))]
+    if not named:
+        raise ValueError(f"no result in {folder}: no <variant>-<seed>.json, no run folder with a summary.json")
+    results: Results = {}
+    for name, result in named:
+        seed = result["summary"]["seed"]
+        # folders that rladapter_ppo.py names itself: <env-id>__<exp-name>__<seed>__<time>
+        variant = "__".join(name.split("__")[:2]) if name.count("__") == 3 else name.removesuffix(f"-{seed}")
+        if seed in results.setdefault(variant, {}):
+            raise ValueError(f"{folder}: two results of {variant} with seed {seed}; keep one")
+        results[variant][seed] = result
+    order = [*[v for v in VARIANTS if v in results], *sorted(results.keys() - VARIANTS.keys())]
+    return {variant: dict(sorted(results[variant].items())) for variant in order}
+
+
+def column(results: dict[int, Result], name: str) -> np.ndarray:
+    """(R,) one number of each run's summary, in the order of the seeds."""
+    return np.array([result["summary"][name] for result in results.values()], np.float64)

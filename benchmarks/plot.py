@@ -1,0 +1,258 @@
+"""Draw the results and write the tables.
+
+    python benchmarks/plot.py                # figures into docs/, tables into README.md and docs/benchmarks.md
+    python benchmarks/plot.py --collect      # takes the finished runs of runs/main into benchmarks/results/main first
+    python benchmarks/plot.py --suite toy --collect --results /tmp/toy --out /tmp/toy
+
+Figures are for a phone's width: one column, large type. Bands and bars are 95 % bootstrap intervals over the seeds.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import tyro
+from collect import Results, collect, column, load
+from run import ROOT, VARIANTS, SuiteName
+from stats import bootstrap_band, bootstrap_interval, iqm, probability_of_improvement
+from tables import HUMAN, between_markers, generated
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+STYLE = {
+    "font.size": 15, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.92",
+    "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 2.2, "savefig.dpi": 110,
+}  # fmt: skip
+WIDTH = 6.4  # inches
+RETURN, SCORE = "return", "score, %"
+
+
+@dataclass(frozen=True)
+class Options:
+    suite: SuiteName = "main"
+    """which results"""
+    collect: bool = False
+    """first make result files of the finished runs in --runs-dir"""
+    runs_dir: Path | None = None
+    """where the run folders are; default runs/<suite>"""
+    results: Path | None = None
+    """where the result files are; default benchmarks/results/<suite>"""
+    out: Path | None = None
+    """where figures and tables.md go; default docs/, README.md and docs/benchmarks.md, for suite main only"""
+    allow_dirty: bool = False
+    """collect also what was made from code that is in no commit"""
+
+
+def look(name: str) -> dict[str, Any]:
+    """Colour and line of a variant, the same in all figures."""
+    number = list(VARIANTS).index(name) if name in VARIANTS else len(VARIANTS)
+    label = VARIANTS[name].label if name in VARIANTS else name
+    style = {"color": plt.get_cmap("tab10")(number % 10), "linestyle": "--" if number >= 10 else "-", "label": label}
+    return style | ({"linewidth": 3.2, "zorder": 3} if name == "guided" else {})
+
+
+def mean_curves(runs: dict[int, Any], names: list[str]) -> np.ndarray | None:
+    """(seeds, 1 + len(names), T): env steps, then these columns, at the env steps of the run with the fewest points.
+
+    None if a run has not got one of the columns.
+    """
+    curves = [result["curve"] for result in runs.values()]
+    if any(name not in curve for curve in curves for name in names) or not all(c["global_step"] for c in curves):
+        return None
+    steps = np.array(min((curve["global_step"] for curve in curves), key=len), np.float64)
+    steps = steps[steps <= min(curve["global_step"][-1] for curve in curves)]
+    at = [[steps, *[np.interp(steps, c["global_step"], c[name]) for name in names]] for c in curves]
+    return np.array(at)
+
+
+def draw_curve(axes: Any, name: str, x: np.ndarray, curves: np.ndarray) -> None:
+    """Mean over the seeds with its interval. x (T,), curves (R, T)"""
+    style = look(name)
+    axes.plot(x, curves.mean(0), **style)
+    if len(curves) > 1:
+        low, high = bootstrap_band(curves)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def finish(figure: Any, axes: Any, handles: list[Any], path: Path) -> None:
+    """Legend below, save."""
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=14, columnspacing=1.2)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def subtitle(results: Results) -> str:
+    """Env and guides of all results."""
+    summaries = [result["summary"] for runs in results.values() for result in runs.values()]
+    envs = ", ".join(sorted({s["env_id"].removesuffix("-v1").removesuffix("-v0") for s in summaries}))
+    guides = sorted({s["llm_model"] or s["llm"] for s in summaries} - {"none"})
+    names = [f"{g} (no LLM)" if g in ("rules", "random") else g for g in guides]
+    return envs + (f"\nguide: {', '.join(names)}" if names else "")
+
+
+def plot_curves(results: Results, path: Path) -> bool:
+    """Return, and score below, of the training episodes against env steps."""
+    panels = [("episodic_return", RETURN), ("score", SCORE)]
+    panels = [p for p in panels if any(mean_curves(runs, [p[0]]) is not None for runs in results.values())]
+    if not panels:
+        return False
+    figure, axes = plt.subplots(
+        len(panels), squeeze=False, sharex=True, figsize=(WIDTH, 1.8 + 3.9 * len(panels)), layout="constrained"
+    )
+    handles: dict[str, Any] = {}
+    for ax, (key, label) in zip(axes[:, 0], panels, strict=True):
+        for name, runs in results.items():
+            curves = mean_curves(runs, [key])
+            if curves is not None:
+                draw_curve(ax, name, curves[0, 0] / 1e6, curves[:, 1])
+                handles.setdefault(name, ax.get_lines()[-1])
+        ax.set(ylabel=f"{label}, training episodes", ylim=(0, None))
+        ax.set_xlim(0, None)
+    axes[-1, 0].set_xlabel("env steps, millions")
+    figure.suptitle(subtitle(results), fontsize=15)
+    finish(figure, axes, list(handles.values()), path)
+    return True
+
+
+def plot_calls(results: Results, path: Path) -> bool:
+    """Return against LLM calls so far, both means over the seeds at the same env steps."""
+    found = {name: mean_curves(runs, ["llm_calls", "episodic_return"]) for name, runs in results.items()}
+    found = {name: curves for name, curves in found.items() if curves is not None and curves[:, 1, -1].any()}
+    if not found:
+        return False
+    figure, ax = plt.subplots(figsize=(WIDTH, 5.2), layout="constrained")
+    for name, curves in found.items():
+        draw_curve(ax, name, curves[:, 1].mean(0), curves[:, 2])
+    ax.set(xlabel="LLM calls so far", ylabel=f"{RETURN}, training episodes", ylim=(0, None))
+    ax.set_xlim(0, None)
+    figure.suptitle(subtitle(results), fontsize=15)
+    finish(figure, ax, ax.get_lines(), path)
+    return True
+
+
+def plot_achievements(results: Results, path: Path) -> bool:
+    """Success rates of the trained policies as bars: human experts, plain PPO, the full method."""
+    shown = [name for name in ("none", "guided") if name in results]
+    if not shown:
+        return False
+    names = list(next(iter(results[shown[0]].values()))["summary"]["achievements"])
+    names.sort(key=lambda name: -HUMAN.get(name, 0))
+    bars = (
+        [("human expert (pixels)", "0.75", [[HUMAN.get(name, 0) for name in names]])]
+        if HUMAN.keys() >= set(names)
+        else []
+    )
+    for variant in shown:
+        rates = [[100 * r["summary"]["achievements"][n] for n in names] for r in results[variant].values()]
+        bars.append((look(variant)["label"], look(variant)["color"], rates))
+    figure, ax = plt.subplots(figsize=(WIDTH, 1.7 + 0.52 * len(names)), layout="constrained")
+    height = 0.84 / len(bars)
+    for number, (label, color, rates) in enumerate(bars):
+        at, rates = np.arange(len(names)) + (number - (len(bars) - 1) / 2) * height, np.array(rates)
+        ax.barh(at, rates.mean(0), height, color=color, label=label)
+        if len(rates) > 1:
+            low, high = bootstrap_band(rates)
+            ax.hlines(at, low, high, color="black", linewidth=1.2)
+    ax.set(yticks=np.arange(len(names)), xlim=(0, 100), xlabel="success rate, %", ylim=(len(names) - 0.5, -0.5))
+    ax.set_yticklabels([name.replace("_", " ") for name in names])
+    ax.grid(axis="y", visible=False)
+    figure.suptitle(subtitle({name: results[name] for name in shown}), fontsize=15)
+    finish(figure, ax, ax.containers and [c for c in ax.containers], path)
+    return True
+
+
+def plot_aggregate(results: Results, path: Path) -> bool:
+    """IQM of return and score with intervals; probability that the full method improves on each other variant."""
+    names = list(results)
+    scores = {
+        key: {name: column(results[name], key)[:, None] for name in names} for key in ("episodic_return", "score")
+    }
+    compared = [name for name in names if name != "guided"] if "guided" in results else []
+    sizes = [len(names), len(names)] + [len(compared)] * bool(compared)
+    figure, axes = plt.subplots(
+        len(sizes),
+        figsize=(WIDTH, 2.6 + 0.62 * sum(sizes)),
+        layout="constrained",
+        height_ratios=[s + 1.0 for s in sizes],
+    )
+    for ax, key, label in zip(axes, scores, ("IQM of return", "IQM of score, %"), strict=False):
+        for row, name in enumerate(names):
+            draw_estimate(ax, row, name, iqm, scores[key][name])
+        finish_estimates(ax, names, label)
+        ax.set_xlim(0, None)
+    if compared:
+        for row, name in enumerate(compared):
+            returns = scores["episodic_return"]
+            draw_estimate(axes[2], row, name, probability_of_improvement, returns["guided"], returns[name])
+        finish_estimates(axes[2], compared, "P(RLAdapter's return is higher)")
+        axes[2].axvline(0.5, color="0.5", linestyle=":")
+        axes[2].set_xlim(0, 1.02)
+    figure.suptitle(subtitle(results), fontsize=15)
+    finish(figure, axes, [], path)
+    return True
+
+
+def draw_estimate(ax: Any, row: int, name: str, function: Any, *scores: np.ndarray) -> None:
+    """A point, and a bar for its interval if there are seeds enough."""
+    color = look(name)["color"]
+    ax.plot([float(function(*scores))], [row], "o", color=color, markersize=9)
+    if min(len(s) for s in scores) > 1:
+        ax.hlines(row, *bootstrap_interval(function, *scores), color=color, linewidth=6, alpha=0.4)
+
+
+def finish_estimates(ax: Any, names: list[str], label: str) -> None:
+    ax.set(yticks=range(len(names)), xlabel=label, ylim=(len(names) - 0.5, -0.5))
+    ax.set_yticklabels([look(name)["label"] for name in names])
+
+
+FIGURES = {
+    "results_curves.png": plot_curves,
+    "results_calls.png": plot_calls,
+    "results_achievements.png": plot_achievements,
+    "results_aggregate.png": plot_aggregate,
+}
+
+
+def write_tables(results: Results, out: Path | None) -> None:
+    """Into README.md and docs/benchmarks.md, or all into out/tables.md."""
+    tables = generated(results)
+    if out is not None:
+        (out / "tables.md").write_text("\n\n".join(f"## {name}\n\n{text}" for (_, name), text in tables.items()) + "\n")
+        return
+    for (path, name), text in tables.items():
+        between_markers(path, name, text)
+
+
+def run(options: Options) -> None:
+    """Raises ValueError, one line, for what can't work."""
+    if options.out is None and (options.suite != "main" or options.results is not None):
+        raise ValueError("--out: README shows the committed results of suite main; name a folder for any others")
+    folder = options.results or ROOT / "benchmarks" / "results" / options.suite
+    if options.collect:
+        runs_dir = options.runs_dir or ROOT / "runs" / options.suite
+        written = collect(options.suite, runs_dir, folder, options.allow_dirty)
+        print(f"collected {', '.join(path.stem for path in written)} into {folder}")
+    results, out = load(folder), options.out or ROOT / "docs"
+    out.mkdir(parents=True, exist_ok=True)
+    write_tables(results, options.out)
+    with plt.rc_context(STYLE):
+        for name, draw in FIGURES.items():
+            print(f"{out / name}: {'drawn' if draw(results, out / name) else 'no data'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(tyro.cli(Options, args=argv, description=__doc__))
+    except (ValueError, OSError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

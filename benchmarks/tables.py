@@ -1,0 +1,159 @@
+"""Markdown tables of README and docs/benchmarks.md, made from VARIANTS and the committed results.
+
+They stand between <!-- name --> and <!-- /name -->; `python benchmarks/plot.py` writes them, a test fails when they
+are not what is generated here.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from collect import Results, column
+from run import ROOT, VARIANTS
+from stats import bootstrap_interval, iqm, paired_difference, probability_of_improvement
+
+# Method, observation, LLM, env steps, score %, return, reward % of 22. "(S)": taken from another work's table.
+PUBLISHED = (
+    ("human expert (Hafner 2021)", "pixels", "", "", 50.5, 14.3, 65.0),
+    ("ITC, token correspondence world model", "pixels", "", "1M", 35.6, 15.9, 72.5),
+    ("TWM (Dedieu et al., v3)", "pixels", "", "1M", None, 15.3, 69.7),
+    ("TWM (Dedieu et al., v1)", "pixels", "", "1M", 27.9, 14.8, 67.4),
+    ("TWM's model-free PPO (v1)", "pixels", "", "1M", 16.8, 12.2, 55.5),
+    ("Achievement Distillation", "pixels", "", "1M", 21.8, 12.6, 57.3),
+    ("PPO with a ResNet (Moon et al.)", "pixels", "", "1M", 15.6, 10.3, 46.9),
+    ("DreamerV3", "pixels", "", "1M", 14.5, 11.7, 53.2),
+    ("LSTM-SPCNN", "pixels", "", "1M", 12.1, None, None),
+    ("DreamerV2", "pixels", "", "1M", 10.0, None, None),
+    ("PPO (Stable-Baselines3)", "pixels", "", "1M", 4.6, None, None),
+    ("Rainbow", "pixels", "", "1M", 4.3, None, None),
+    ("RLAdapter / AdaRefiner (S)", "pixels, text", "GPT-4", "1M", 15.8, 12.3, 55.9),
+    ("RLAdapter / AdaRefiner (S)", "pixels, text", "GPT-4", "5M", 28.2, 12.9, 58.6),
+    ("RLAdapter / AdaRefiner (S)", "pixels, text", "GPT-3.5", "5M", 23.4, 11.8, None),
+    ("DLLM", "pixels, text", "GPT-4", "1M", 26.4, 12.4, None),
+    ("DLLM", "pixels, text", "GPT-4", "5M", 38.1, 15.4, None),
+    ("Causal-aware LLMs", "pixels, text", "yes", "1M", 18.9, None, None),
+    ("Causal-aware LLMs", "pixels, text", "yes", "5M", 33.6, None, None),
+    ("Counterfactual Planning", "pixels, text", "72B", "1M", 20.4, None, None),
+    ("Counterfactual Planning", "pixels, text", "72B", "5M", 36.1, None, None),
+    ("EnvGen + Achievement Distillation (S)", "pixels", "4 calls", "1.96M", 35.3, 13.7, None),
+    ("ELLM", "pixels, text", "yes", "5M", None, 6.0, None),
+    ("SPRING, no training", "text", "GPT-4", "0", 27.3, 12.3, None),
+    ("Reflexion", "text", "GPT-4", "0", 12.8, None, None),
+    ("ReAct", "text", "GPT-4", "0", 8.3, None, None),
+    ("plain GPT-4", "text", "GPT-4", "0", 3.4, None, None),
+    ("random actions", "", "", "0", 1.6, 2.1, None),
+)
+
+# Success rates of human experts in % (Hafner 2021, arXiv 2109.06780).
+HUMAN = {
+    "collect_wood": 100, "collect_stone": 100, "place_table": 100, "make_wood_pickaxe": 100, "collect_drink": 92,
+    "place_stone": 90, "eat_cow": 89, "collect_coal": 86, "defeat_zombie": 84, "make_stone_pickaxe": 78,
+    "make_stone_sword": 78, "wake_up": 73, "collect_sapling": 67, "collect_iron": 53, "make_wood_sword": 45,
+    "place_furnace": 32, "defeat_skeleton": 31, "make_iron_pickaxe": 26, "place_plant": 24, "make_iron_sword": 22,
+    "collect_diamond": 12, "eat_plant": 8,
+}  # fmt: skip
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]).replace(
+        "| --- | ---", "|---|---", 1
+    )
+
+
+def methods_table() -> str:
+    """What each variant is, its name in benchmarks/, its command."""
+    rows = [
+        [variant.what, f"`{name}`", f"`{f'python rladapter_ppo.py {variant.flags}'.strip()}`"]
+        for name, variant in VARIANTS.items()
+    ]
+    return markdown(["Method", "Name", "Command"], rows)
+
+
+def results_table(results: Results) -> str:
+    """Final evaluations: the mean over the seeds, and each seed's return."""
+    header = ["Method", "Name", "return: mean (each seed)", "reward %", "score %", "LLM calls"]
+    rows = []
+    for name, runs in results.items():
+        returns = column(runs, "episodic_return")
+        each = ", ".join(f"{r:.2f}" for r in returns)
+        reward, score, calls = (column(runs, key).mean() for key in ("reward_percent", "score", "llm_calls"))
+        shown = f"**{returns.mean():.2f}** ({each})"
+        rows.append([what(name), f"`{name}`", shown, f"{reward:.1f}", f"{score:.1f}", f"{calls:.0f}"])
+    return markdown(header, rows)
+
+
+def aggregate_table(results: Results, baseline: str = "guided") -> str:
+    """IQM with intervals, and the first variant against each other one."""
+    header = ["Name", "seeds", "IQM return", "IQM score %", f"P({baseline} better)", f"return of {baseline} minus this"]
+    rows = []
+    for name, runs in results.items():
+        returns, scores = column(runs, "episodic_return")[:, None], column(runs, "score")[:, None]
+        row = [f"`{name}`", str(len(runs)), with_interval(returns, 2), with_interval(scores, 1)]
+        rows.append(row + (against(results, baseline, name) if name != baseline and baseline in results else ["", ""]))
+    return markdown(header, rows)
+
+
+def with_interval(scores: np.ndarray, digits: int) -> str:
+    """IQM [95 % bootstrap interval] of (R, M)"""
+    if len(scores) < 2:
+        return f"{iqm(scores):.{digits}f}"
+    low, high = bootstrap_interval(iqm, scores)
+    return f"{iqm(scores):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def against(results: Results, a: str, b: str) -> list[str]:
+    """Probability of improvement of a over b in return, and the paired difference [95 % t-interval]."""
+    x, y = (column(results[name], "episodic_return") for name in (a, b))
+    seeds = sorted(results[a].keys() & results[b].keys())
+    if not seeds:
+        return [f"{probability_of_improvement(x[:, None], y[:, None]):.2f}", ""]
+    paired = [column({seed: results[name][seed] for seed in seeds}, "episodic_return") for name in (a, b)]
+    difference = paired_difference(*paired)
+    interval = difference.interval and f" [{difference.interval[0]:+.2f}, {difference.interval[1]:+.2f}]"
+    return [
+        f"{probability_of_improvement(x[:, None], y[:, None]):.2f}", f"{difference.mean:+.2f}{interval or ''}"
+    ]  # fmt: skip
+
+
+def published_table(results: Results) -> str:
+    """Ours, then what others published; "-" where a number is not given."""
+    header = ["Method", "Observation", "LLM", "env steps", "score %", "return", "reward %"]
+    rows = []
+    for name, runs in results.items():
+        steps = f"{column(runs, 'global_step').mean() / 1e6:.3g}M"
+        guides = ", ".join(sorted({r["summary"]["llm_model"] or r["summary"]["llm"] for r in runs.values()}))
+        llm = {"none": "", "rules": "none: `rules`", "random": "none: `random`"}.get(guides, guides)
+        score, all_episodes = column(runs, "score").mean(), column(runs, "score_all_episodes").mean()
+        mean_return, reward = column(runs, "episodic_return").mean(), column(runs, "reward_percent").mean()
+        scores = f"{score:.1f} ({all_episodes:.1f})"
+        rows.append([f"**ours: {what(name)}**", "symbols", llm, steps, scores, f"{mean_return:.1f}", f"{reward:.1f}"])
+    for method, observation, llm, steps, *numbers in PUBLISHED:
+        rows.append([method, observation, llm, steps, *["-" if n is None else f"{n:.1f}" for n in numbers]])
+    return markdown(header, rows)
+
+
+def what(name: str) -> str:
+    return VARIANTS[name].what if name in VARIANTS else name
+
+
+def generated(results: Results) -> dict[tuple[Path, str], str]:
+    """Every generated table: (file, name of its markers) -> text"""
+    readme, docs = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+    return {
+        (readme, "methods"): methods_table(),
+        (readme, "results"): results_table(results),
+        (docs, "aggregate"): aggregate_table(results),
+        (docs, "published"): published_table(results),
+    }
+
+
+def between_markers(path: Path, name: str, text: str | None = None) -> str:
+    """What stands between the markers; with `text`, that is put there first. Raises ValueError without markers."""
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    before, found, rest = path.read_text().partition(begin)
+    inside, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{path.name}: the lines {begin.strip()} and {end.strip()} are missing")
+    if text is None:
+        return inside
+    path.write_text(before + begin + text + end + after)
+    return text

@@ -8,8 +8,8 @@ A and B are compared in the final evaluation's return and score, with a 95 % t-i
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import tyro
@@ -20,6 +20,16 @@ from tables import markdown
 
 FEW_SEEDS = 5
 METRICS = {"return": "episodic_return", "score %": "score"}
+
+
+@dataclass(frozen=True)
+class Options:
+    a: tyro.conf.Positional[str]
+    """a variant, or a folder of runs"""
+    b: tyro.conf.Positional[str]
+    """what to compare it with"""
+    results: Path = ROOT / "benchmarks" / "results" / "main"
+    """folder of result files, or of run folders, for two variants"""
 
 
 def compare(a: str, b: str, runs_a: dict[int, Result], runs_b: dict[int, Result]) -> str:
@@ -54,11 +64,11 @@ def verdict(a: str, b: str, differences: dict[str, Difference]) -> str:
     """One sentence: what the intervals allow to say."""
     said = {1: "higher in {}", -1: "lower in {}", 0: "not shown to differ in {}"}
     words = " and ".join(said[d.sign].format(name.removesuffix(" %")) for name, d in differences.items())
-    return f"{a} is {words}, against {b}."
+    return f"{a} against {b}: {words}."
 
 
 def cautions(runs_a: dict[int, Result], runs_b: dict[int, Result]) -> list[str]:
-    """What makes the comparison weak."""
+    """What makes the comparison weak, and what was compared."""
     lines = []
     if len(runs_a) == 1:
         lines.append("One seed gives no interval and decides nothing: run more.")
@@ -66,12 +76,14 @@ def cautions(runs_a: dict[int, Result], runs_b: dict[int, Result]) -> list[str]:
         lines.append(
             f"{len(runs_a)} seeds are few: the t-interval takes the differences for normal; 5 or more are better."
         )
-    for name in ("env_id", "global_step", "llm", "llm_model"):
-        values = [sorted({str(r["summary"].get(name)) for r in runs.values()}) for runs in (runs_a, runs_b)]
-        if values[0] != values[1]:
-            lines.append(f"A and B differ in {name}: {', '.join(values[0])} and {', '.join(values[1])}.")
-    commits = [sorted({str(r["git_commit"]) for r in runs.values()}) for runs in (runs_a, runs_b)]
-    lines.append(f"Commits: A {', '.join(commits[0])}; B {', '.join(commits[1])}.")
+    for name in ("env_id", "global_step", "eval_episodes"):
+        a, b = (sorted({r["summary"][name] for r in runs.values()}) for runs in (runs_a, runs_b))
+        if a != b:
+            lines.append(f"A and B differ in {name}: {', '.join(map(str, a))} and {', '.join(map(str, b))}.")
+    for which, runs in (("A", runs_a), ("B", runs_b)):
+        commits = ", ".join(sorted({str(r["git_commit"]) for r in runs.values()}))
+        guides = ", ".join(sorted({r["summary"]["llm_model"] or r["summary"]["llm"] for r in runs.values()}))
+        lines.append(f"{which}: commit {commits}, guide {guides}.")
     return lines
 
 
@@ -91,22 +103,9 @@ def comparisons(a: str, b: str, results: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return tyro.cli(_main, args=argv, description=__doc__)
-
-
-def _main(
-    a: Annotated[str, tyro.conf.Positional],
-    b: Annotated[str, tyro.conf.Positional],
-    results: Path = ROOT / "benchmarks" / "results" / "main",
-) -> int:
-    """
-    Args:
-        a: a variant, or a folder of runs
-        b: what to compare it with
-        results: folder of result files or run folders, when A and B are variants
-    """
+    options = tyro.cli(Options, args=argv, description=__doc__)
     try:
-        print("\n\n".join(comparisons(a, b, results)))
+        print("\n\n".join(comparisons(options.a, options.b, options.results)))
     except (ValueError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2

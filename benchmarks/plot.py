@@ -21,7 +21,7 @@ from stats import bootstrap_band, bootstrap_interval, iqm, probability_of_improv
 from tables import HUMAN, between_markers, generated
 
 matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 STYLE = {
     "font.size": 15, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.92",
@@ -200,9 +200,9 @@ def plot_aggregate(results: Results, path: Path) -> bool:
 def draw_estimate(ax: Any, row: int, name: str, function: Any, *scores: np.ndarray) -> None:
     """A point, and a bar for its interval if there are seeds enough."""
     color = look(name)["color"]
-    ax.plot([float(function(*scores))], [row], "o", color=color, markersize=9)
+    ax.plot([float(function(*scores))], [row], "|", color=color, markersize=22, markeredgewidth=3)
     if min(len(s) for s in scores) > 1:
-        ax.hlines(row, *bootstrap_interval(function, *scores), color=color, linewidth=6, alpha=0.4)
+        ax.hlines(row, *bootstrap_interval(function, *scores), color=color, linewidth=12, alpha=0.35)
 
 
 def finish_estimates(ax: Any, names: list[str], label: str) -> None:

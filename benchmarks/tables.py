@@ -28,14 +28,14 @@ PUBLISHED = (
     ("RLAdapter / AdaRefiner (S)", "pixels, text", "GPT-4", "1M", 15.8, 12.3, 55.9),
     ("RLAdapter / AdaRefiner (S)", "pixels, text", "GPT-4", "5M", 28.2, 12.9, 58.6),
     ("RLAdapter / AdaRefiner (S)", "pixels, text", "GPT-3.5", "5M", 23.4, 11.8, None),
-    ("DLLM", "pixels, text", "GPT-4", "1M", 26.4, 12.4, None),
-    ("DLLM", "pixels, text", "GPT-4", "5M", 38.1, 15.4, None),
-    ("Causal-aware LLMs", "pixels, text", "yes", "1M", 18.9, None, None),
-    ("Causal-aware LLMs", "pixels, text", "yes", "5M", 33.6, None, None),
-    ("Counterfactual Planning", "pixels, text", "72B", "1M", 20.4, None, None),
-    ("Counterfactual Planning", "pixels, text", "72B", "5M", 36.1, None, None),
+    ("DLLM", "pixels", "GPT-4", "1M", 26.4, 12.4, None),
+    ("DLLM", "pixels", "GPT-4", "5M", 38.1, 15.4, None),
+    ("Causal-aware LLMs", "pixels", "yes", "1M", 18.9, None, None),
+    ("Causal-aware LLMs", "pixels", "yes", "5M", 33.6, None, None),
+    ("Counterfactual Planning", "pixels", "72B", "1M", 20.4, None, None),
+    ("Counterfactual Planning", "pixels", "72B", "5M", 36.1, None, None),
     ("EnvGen + Achievement Distillation (S)", "pixels", "4 calls", "1.96M", 35.3, 13.7, None),
-    ("ELLM", "pixels, text", "yes", "5M", None, 6.0, None),
+    ("ELLM", "pixels", "yes", "5M", None, 6.0, None),
     ("SPRING, no training", "text", "GPT-4", "0", 27.3, 12.3, None),
     ("Reflexion", "text", "GPT-4", "0", 12.8, None, None),
     ("ReAct", "text", "GPT-4", "0", 8.3, None, None),
@@ -54,9 +54,8 @@ HUMAN = {
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]).replace(
-        "| --- | ---", "|---|---", 1
-    )
+    lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def methods_table() -> str:
@@ -116,7 +115,7 @@ def against(results: Results, a: str, b: str) -> list[str]:
 
 def published_table(results: Results) -> str:
     """Ours, then what others published; "-" where a number is not given."""
-    header = ["Method", "Observation", "LLM", "env steps", "score %", "return", "reward %"]
+    header = ["Method", "Observation", "LLM", "env steps", "score % (all episodes)", "return", "reward %"]
     rows = []
     for name, runs in results.items():
         steps = f"{column(runs, 'global_step').mean() / 1e6:.3g}M"
@@ -125,7 +124,8 @@ def published_table(results: Results) -> str:
         score, all_episodes = column(runs, "score").mean(), column(runs, "score_all_episodes").mean()
         mean_return, reward = column(runs, "episodic_return").mean(), column(runs, "reward_percent").mean()
         scores = f"{score:.1f} ({all_episodes:.1f})"
-        rows.append([f"**ours: {what(name)}**", "symbols", llm, steps, scores, f"{mean_return:.1f}", f"{reward:.1f}"])
+        label = VARIANTS[name].label if name in VARIANTS else name
+        rows.append([f"**ours: {label}**", "symbols", llm, steps, scores, f"{mean_return:.1f}", f"{reward:.1f}"])
     for method, observation, llm, steps, *numbers in PUBLISHED:
         rows.append([method, observation, llm, steps, *["-" if n is None else f"{n:.1f}" for n in numbers]])
     return markdown(header, rows)

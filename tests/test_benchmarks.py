@@ -1,0 +1,394 @@
+"""benchmarks/: statistics by hand, what run.py keeps, resumes and refuses, a whole suite on the toy game."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import collect  # noqa: E402
+import compare  # noqa: E402
+import plot  # noqa: E402
+import run  # noqa: E402
+import stats  # noqa: E402
+import tables  # noqa: E402
+
+from envs.scores import crafter_score  # noqa: E402
+
+# --------------------------------------------------------------------------------------------------------------------
+# Statistics
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([[7.0]], 7.0),
+        ([[1.0], [2.0], [6.0]], 3.0),  # a quarter of three is none
+        ([[9.0], [1.0], [2.0], [4.0]], 3.0),  # without 1 and 9
+        ([[0.0, 100.0], [1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], 3.5),  # tasks pooled: 2, 3, 4, 5 remain
+    ],
+)
+def test_iqm_by_hand(scores, expected):
+    assert stats.iqm(np.array(scores)) == expected
+
+
+def test_iqm_works_on_batches():
+    batch = np.arange(24.0).reshape(2, 4, 3)
+    assert stats.iqm(batch).tolist() == [stats.iqm(batch[0]), stats.iqm(batch[1])] == [5.5, 17.5]
+
+
+def test_probability_of_improvement_by_hand():
+    x, y = np.array([[1.0], [3.0]]), np.array([[0.0], [1.0], [2.0]])
+    # 1 beats 0, ties 1, loses to 2; 3 beats all: (1 + 0.5 + 3) / 6
+    assert stats.probability_of_improvement(x, y) == 0.75
+    assert stats.probability_of_improvement(y, x) == 0.25
+    two_tasks = np.concatenate([x, -x], 1), np.concatenate([y, -y], 1)
+    assert stats.probability_of_improvement(*two_tasks) == 0.5
+
+
+def test_bootstrap_interval_of_a_mean_is_the_one_that_can_be_counted():
+    # Of the 27 ways to draw three of 0, 0, 3: mean 0 8/27, 1 12/27, 2 6/27, 3 1/27 = 3.7 %, more than 2.5 %
+    scores = np.array([[0.0], [0.0], [3.0]])
+    assert stats.bootstrap_interval(stats.iqm, scores) == (0.0, 3.0)
+    # Of 0, 0, 0, 0, 5 five times: P(mean >= 4) = 0.7 %, P(mean >= 3) = 5.8 %
+    assert stats.bootstrap_interval(lambda s: s.mean((-2, -1)), np.array([[0.0]] * 4 + [[5.0]])) == (0.0, 3.0)
+    assert stats.bootstrap_interval(stats.iqm, np.array([[2.0]])) == (2.0, 2.0)
+
+
+def test_bootstrap_draws_runs_within_their_task():
+    # Each task's runs are equal: however they are drawn, the mean over both tasks stays.
+    low, high = stats.bootstrap_interval(lambda s: s.mean((-2, -1)), np.array([[1.0, 5.0]] * 3))
+    assert low == high == 3.0
+
+
+def test_bootstrap_band_draws_whole_curves():
+    curves = np.array([[0.0, 1.0], [1.0, 0.0]])  # their sum is 1 at any draw that takes both, and also if one is twice
+    low, high = stats.bootstrap_band(curves)
+    assert low.tolist() == [0.0, 0.0] and high.tolist() == [1.0, 1.0]
+    assert stats.bootstrap_band(np.array([[2.0, 3.0]] * 4)).tolist() == [[2.0, 3.0]] * 2
+
+
+def test_paired_difference_by_hand():
+    # Differences 1, 2, 3: mean 2, standard deviation 1, t with 2 degrees of freedom 4.3027
+    difference = stats.paired_difference(np.array([2.0, 4.0, 6.0]), np.array([1.0, 2.0, 3.0]))
+    assert difference.mean == 2 and difference.pairs == 3 and difference.sign == 0
+    assert difference.interval == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
+    clear = stats.paired_difference(np.array([1.0, 2.0, 3.0]), np.array([11.0, 12.0, 13.1]))
+    assert clear.sign == -1
+    assert stats.paired_difference(np.array([1.0]), np.array([0.0])) == stats.Difference(1.0, None, 1)
+
+
+def test_human_success_rates_are_those_of_the_published_score():
+    rates = np.array(list(tables.HUMAN.values())) / 100
+    assert len(rates) == 22
+    # The published score is the mean over humans, the rates are rounded: they agree roughly
+    assert crafter_score(rates) == pytest.approx(50.5, abs=2) and rates.sum() == pytest.approx(14.3, abs=0.1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is to be run
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suite", run.SUITES)
+def test_every_variant_of_a_suite_is_flags_of_the_script(suite):
+    seen = set()
+    for variant in run.SUITES[suite].variants:
+        args = tyro.cli(run.rl.Args, args=run.flags_of(suite, variant, 3))
+        run.rl.check_args(args)
+        assert args.seed == 3 and args not in seen, variant
+        seen.add(args)
+
+
+def test_all_variants_are_in_a_suite_and_have_names_for_all_uses():
+    assert {v for suite in run.SUITES.values() for v in suite.variants} == set(run.VARIANTS)
+    for field in ("label", "what", "flags"):
+        values = [getattr(variant, field) for variant in run.VARIANTS.values()]
+        assert len(set(values)) == len(values)
+
+
+def begun(folder, argv, **files):
+    folder.mkdir(parents=True)
+    flags = run.rl.flags(tyro.cli(run.rl.Args, args=argv))
+    (folder / "config.json").write_text(json.dumps({"flags": flags}))
+    for name, text in files.items():
+        (folder / f"{name}.json").write_text(text)
+    return folder
+
+
+def options(tmp_path, *words):
+    return tyro.cli(run.Options, args=["--runs-dir", str(tmp_path), *words])
+
+
+def test_finished_runs_are_kept_begun_ones_resumed_new_ones_begun(tmp_path):
+    begun(tmp_path / "guided-1", ["--seed", "1"], summary="{}")
+    (begun(tmp_path / "none-1", ["--seed", "1", "--guidance", "none"]) / "checkpoints" / "5").mkdir(parents=True)
+    begun(tmp_path / "facts-1", ["--seed", "1", "--guidance", "facts"])  # stopped before its first checkpoint
+    jobs = run.plan(options(tmp_path, "--seeds", "1", "--variants", "guided", "none", "facts", "random"))
+    assert [(job.name, job.state) for job in jobs] == [
+        ("guided-1", "kept"), ("none-1", "waiting"), ("facts-1", "waiting"), ("random-1", "waiting")
+    ]  # fmt: skip
+    assert jobs[1].argv == ["--resume", str(tmp_path / "none-1")]
+    assert jobs[2].argv == ["--guidance", "facts", "--seed", "1", "--run-dir", str(tmp_path / "facts-1")]
+    assert jobs[0].total == 1_001_472
+
+
+def test_seeds_go_round_before_the_next_one(tmp_path):
+    jobs = run.plan(options(tmp_path, "--seeds", "2", "--variants", "guided", "none"))
+    assert [job.name for job in jobs] == ["guided-1", "none-1", "guided-2", "none-2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--variants", "gided"], "--variants: unknown variant 'gided'"),
+        (["--seeds", "0"], "--seeds: 0 is out of range"),
+        (["--jobs", "0"], "--jobs: 0 is out of range"),
+        (["--only", "none-9"], "--only: 'none-9' is none of the runs"),
+        (["--total-timesteps", "0"], "--total-timesteps: 0 is out of range"),
+        (["--variants", "none"], "none-1 was made with other flags (--guidance: full there, none here)"),
+        (["--variants", "facts"], "facts-1 is no run folder"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(tmp_path, capsys, words, message):
+    begun(tmp_path / "none-1", ["--seed", "1"])
+    (tmp_path / "facts-1").mkdir()
+    assert run.main(["--runs-dir", str(tmp_path), "--seeds", "1", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_flag_that_a_run_did_not_have_yet_counts_as_its_default():
+    flags = run.rl.flags(run.rl.Args())
+    del flags["candidates"]
+    assert run.differing_flag(flags, []) is None
+    assert run.differing_flag(flags, ["--candidates", "1"]) == "--candidates: 2 there, 1 here"
+    assert run.differing_flag(flags, ["--run-dir", "x", "--save-every", "2"]) is None
+
+
+def test_slurm_lines_do_the_same(tmp_path, capsys):
+    begun(tmp_path / "guided-1", ["--seed", "1"], summary="{}")
+    words = ["--runs-dir", str(tmp_path), "--seeds", "2", "--variants", "guided", "none"]
+    assert run.main([*words, "--slurm"]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-2\n" in script
+    dry = script.replace("exec ", "echo ")
+    (tmp_path / "job.sh").write_text(dry)
+    done = subprocess.run(
+        ["bash", str(tmp_path / "job.sh")], env={"SLURM_ARRAY_TASK_ID": "1"}, capture_output=True, text=True, check=True
+    )
+    task = done.stdout.split()
+    assert task[:2] == [sys.executable, str(ROOT / "benchmarks" / "run.py")] and task[-2:] == ["--only", "guided-2"]
+    assert [job.name for job in run.plan(tyro.cli(run.Options, args=task[2:]))] == ["guided-2"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Results
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def result(seed, value, commit="abc", steps=(10, 20, 30), columns=("episodic_return", "score", "llm_calls")):
+    summary = {
+        "seed": seed, "episodic_return": value, "score": 2 * value, "score_all_episodes": value,
+        "reward_percent": value, "llm_calls": 5, "llm": "rules", "llm_model": "", "env_id": "Toy-v0", "global_step": 30, "eval_episodes": 8,
+        "achievements": {"collect_wood": 0.5, "collect_drink": 1.0},
+    }  # fmt: skip
+    curve = {"global_step": list(steps)} | {name: [s * value for s in steps] for name in columns}
+    return {"command": "", "git_commit": commit, "summary": summary, "curve": curve}
+
+
+def write_results(folder, **runs):
+    folder.mkdir(parents=True, exist_ok=True)
+    for variant, values in runs.items():
+        for seed, value in enumerate(values, 1):
+            (folder / f"{variant}-{seed}.json").write_text(collect.dumps(result(seed, value)))
+    return folder
+
+
+def test_the_curve_has_at_most_fifty_points_and_adds_up_the_calls():
+    metrics = [
+        {"global_step": 10 * i, "charts/episodic_return": None if i == 0 else i / 3, "crafter/score": i, "llm/calls": 2}
+        for i in range(201)
+    ]
+    curve = collect.curve(metrics)
+    assert {len(values) for values in curve.values()} == {50}
+    assert curve["global_step"][0] == 10 and curve["global_step"][-1] == 2000  # no episode ended in phase 0
+    assert curve["llm_calls"][0] == 4 and curve["llm_calls"][-1] == 402
+    assert curve["episodic_return"][0] == 0.333 and curve["score"][-1] == 200
+    assert collect.curve(metrics[:1]) == {"global_step": [], "episodic_return": [], "score": [], "llm_calls": []}
+
+
+def test_result_files_read_back_as_they_were(tmp_path):
+    folder = write_results(tmp_path, none=[1.5, 2.5], guided=[3.0])
+    assert json.loads((folder / "none-2.json").read_text()) == result(2, 2.5)
+    loaded = collect.load(folder)
+    assert list(loaded) == ["guided", "none"] and list(loaded["none"]) == [1, 2]
+    assert collect.column(loaded["none"], "score").tolist() == [3.0, 5.0]
+
+
+def test_curves_of_different_lengths_meet_at_common_steps():
+    runs = {1: result(1, 1.0), 2: result(2, 2.0, steps=(10, 15, 20, 25))}
+    curves = plot.mean_curves(runs, ["score"])
+    assert curves[:, 0].tolist() == [[10, 20], [10, 20]] and curves[:, 1].tolist() == [[10, 20], [20, 40]]
+    assert plot.mean_curves({1: result(1, 1.0), 2: result(2, 1.0, columns=["episodic_return"])}, ["score"]) is None
+
+
+def test_old_results_without_score_and_calls_are_drawn_as_far_as_they_go(tmp_path):
+    results = {"none": {1: result(1, 1.0, columns=["episodic_return"])}}
+    assert plot.plot_curves(results, tmp_path / "curves.png") and (tmp_path / "curves.png").stat().st_size > 1000
+    assert not plot.plot_calls(results, tmp_path / "calls.png") and not (tmp_path / "calls.png").exists()
+
+
+def test_compare_says_what_the_interval_allows(tmp_path, capsys):
+    folder = write_results(tmp_path, guided=[5.0, 6.1, 7.0], none=[1.0, 2.0, 3.1], facts=[5.5, 5.5, 7.5])
+    assert compare.main(["guided", "none", "--results", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    # differences 4, 4.1, 3.9: mean 4, standard deviation 0.1, half width 4.3027 * 0.1 / sqrt(3) = 0.25
+    assert "| return | 6.03 | 2.03 | +4.00 | +3.75 to +4.25 | +4.00, +4.10, +3.90 |" in shown
+    assert "Seeds 1, 2, 3. guided against none: higher in return and higher in score." in shown
+    assert "3 seeds are few" in shown and "A: commit abc, guide rules." in shown
+    assert compare.main(["facts", "guided", "--results", str(folder)]) == 0
+    assert "not shown to differ in return and not shown to differ in score." in capsys.readouterr().out
+
+
+def test_compare_pairs_by_seed_and_takes_two_folders(tmp_path, capsys):
+    a, b = write_results(tmp_path / "a", guided=[5.0, 6.0], none=[1.0]), write_results(tmp_path / "b", guided=[4.0])
+    assert compare.main([str(a), str(b)]) == 0
+    shown = capsys.readouterr().out
+    assert "+1.00 | - | +1.00 |" in shown and "Seeds 1. " in shown and "One seed gives no interval" in shown
+    assert compare.main(["guided", "pause", "--results", str(a)]) == 2
+    assert "error: pause is no variant in" in capsys.readouterr().err
+
+
+def test_readme_is_not_written_from_other_results(tmp_path, capsys):
+    assert plot.main(["--suite", "toy"]) == 2
+    assert plot.main(["--results", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("error: --out:") == 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From training to verdict, on the toy game
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy_runs(tmp_path_factory):
+    """The toy suite, trained."""
+    folder = tmp_path_factory.mktemp("toy") / "runs"
+    done = run_py(folder)
+    assert done.returncode == 0, done.stderr
+    assert "2 done" in done.stdout
+    return folder
+
+
+def run_py(folder, *words):
+    return subprocess.run(
+        toy_command(folder, *words), cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment()
+    )
+
+
+def toy_command(folder, *words):
+    return [sys.executable, "benchmarks/run.py", "--suite", "toy", "--seeds", "1", "--runs-dir", str(folder), *words]
+
+
+def environment():
+    return os.environ | {
+        "RLADAPTER_CACHE": str(Path(tempfile.gettempdir()) / "rladapter-tests-cache"),
+        "COLUMNS": "200",
+    }
+
+
+def test_a_suite_from_training_to_verdict(toy_runs, tmp_path, capsys):
+    words = [
+        "--suite",
+        "toy",
+        "--collect",
+        "--runs-dir",
+        str(toy_runs),
+        "--results",
+        str(tmp_path),
+        "--out",
+        str(tmp_path),
+    ]
+    assert plot.main([*words, "--allow-dirty"]) == 0
+    loaded = collect.load(tmp_path)
+    found = loaded["guided"][1]
+    assert (
+        found["command"].startswith("python rladapter_ppo.py --seed 1 --env-id Toy-v0")
+        and "run-dir" not in found["command"]
+    )
+    assert found["curve"]["llm_calls"][-1] == found["summary"]["llm_calls"] > 0
+    assert set(loaded["none"][1]["curve"]["llm_calls"]) == {0}
+    for name in plot.FIGURES:
+        assert (tmp_path / name).stat().st_size > 5000, name
+    shown = (tmp_path / "tables.md").read_text()
+    assert f"| RLAdapter | `guided` | **{found['summary']['episodic_return']:.2f}**" in shown
+    capsys.readouterr()
+    assert compare.main(["guided", "none", "--results", str(tmp_path)]) == 0
+    assert "guided against none:" in capsys.readouterr().out
+    assert compare.main([str(toy_runs), str(tmp_path)]) == 0  # run folders and their results are the same runs
+    assert capsys.readouterr().out.count("| +0.00 | - | +0.00 |") == 4
+
+
+def test_runs_of_uncommitted_code_or_other_flags_are_not_collected(toy_runs, tmp_path):
+    runs = tmp_path / "runs"
+    shutil.copytree(toy_runs / "none-1", runs / "none-1")
+    config = json.loads((runs / "none-1" / "config.json").read_text())
+    for commit in ("abc-dirty", None):
+        (runs / "none-1" / "config.json").write_text(json.dumps(config | {"git_commit": commit}))
+        with pytest.raises(ValueError, match="--allow-dirty"):
+            collect.collect("toy", runs, tmp_path / "results")
+    (runs / "none-1").rename(runs / "guided-1")
+    with pytest.raises(ValueError, match="other flags than guided has"):
+        collect.collect("toy", runs, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_second_start_keeps_what_is_finished_and_reports_what_fails(toy_runs, tmp_path):
+    shutil.copytree(toy_runs, tmp_path / "runs")
+    broken = tmp_path / "runs" / "none-1"
+    (broken / "summary.json").unlink()
+    for checkpoint in (broken / "checkpoints").iterdir():
+        shutil.rmtree(checkpoint / "arrays")
+    before = (tmp_path / "runs" / "guided-1" / "summary.json").stat().st_mtime_ns
+    done = run_py(tmp_path / "runs")
+    assert done.returncode == 1 and "1 kept, 1 failed" in done.stdout
+    assert "FAILED: none-1: error: --resume: no checkpoint of" in done.stderr
+    assert (tmp_path / "runs" / "guided-1" / "summary.json").stat().st_mtime_ns == before
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, capsys):
+    words = ["--variants", "none", "--total-timesteps", "60000"]
+    process = subprocess.Popen(
+        toy_command(tmp_path, *words), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(),
+    )  # fmt: skip
+    metrics = tmp_path / "none-1" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    other = run.plan(tyro.cli(run.Options, args=toy_command(tmp_path, *words)[2:]))
+    run.start(other[0], None)
+    assert run.report(other, False, []) == 1 and "none-1: another process trains it" in capsys.readouterr().err
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "1 stopped" in out and "stopped; go on with: python benchmarks/run.py --suite toy" in out
+    assert list((tmp_path / "none-1" / "checkpoints").glob("[0-9]*"))
+    steps = [json.loads(line)["global_step"] for line in metrics.read_text().splitlines()]
+    assert 0 < steps[-1] < 60_000
+    done = run_py(tmp_path, *words)
+    assert done.returncode == 0 and "1 done" in done.stdout, done.stderr
+    resumed = [json.loads(line)["global_step"] for line in metrics.read_text().splitlines()]
+    assert resumed[: len(steps)] == steps and resumed[-1] >= 60_000

@@ -92,8 +92,8 @@ def test_paired_difference_by_hand():
 def test_human_success_rates_are_those_of_the_published_score():
     rates = np.array(list(tables.HUMAN.values())) / 100
     assert len(rates) == 22
-    # The published score is the mean over humans, the rates are rounded: they agree roughly
-    assert crafter_score(rates) == pytest.approx(50.5, abs=2) and rates.sum() == pytest.approx(14.3, abs=0.1)
+    # The published score is a mean over humans, and the return counts health: they agree roughly
+    assert crafter_score(rates) == pytest.approx(50.5, abs=2) and rates.sum() == pytest.approx(14.3, abs=0.5)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -201,7 +201,8 @@ def test_slurm_lines_do_the_same(tmp_path, capsys):
 def result(seed, value, commit="abc", steps=(10, 20, 30), columns=("episodic_return", "score", "llm_calls")):
     summary = {
         "seed": seed, "episodic_return": value, "score": 2 * value, "score_all_episodes": value,
-        "reward_percent": value, "llm_calls": 5, "llm": "rules", "llm_model": "", "env_id": "Toy-v0", "global_step": 30, "eval_episodes": 8,
+        "reward_percent": value, "llm_calls": 5, "llm": "rules", "llm_model": "",
+        "env_id": "Toy-v0", "global_step": 30, "eval_episodes": 8,
         "achievements": {"collect_wood": 0.5, "collect_drink": 1.0},
     }  # fmt: skip
     curve = {"global_step": list(steps)} | {name: [s * value for s in steps] for name in columns}
@@ -369,7 +370,7 @@ def test_a_second_start_keeps_what_is_finished_and_reports_what_fails(toy_runs, 
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, capsys):
-    words = ["--variants", "none", "--total-timesteps", "60000"]
+    words = ["--variants", "none", "--total-timesteps", "30000"]
     process = subprocess.Popen(
         toy_command(tmp_path, *words), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment(),
@@ -387,8 +388,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, capsys):
     assert "1 stopped" in out and "stopped; go on with: python benchmarks/run.py --suite toy" in out
     assert list((tmp_path / "none-1" / "checkpoints").glob("[0-9]*"))
     steps = [json.loads(line)["global_step"] for line in metrics.read_text().splitlines()]
-    assert 0 < steps[-1] < 60_000
+    assert 0 < steps[-1] < 30_000
     done = run_py(tmp_path, *words)
     assert done.returncode == 0 and "1 done" in done.stdout, done.stderr
     resumed = [json.loads(line)["global_step"] for line in metrics.read_text().splitlines()]
-    assert resumed[: len(steps)] == steps and resumed[-1] >= 60_000
+    assert resumed[: len(steps)] == steps and resumed[-1] >= 30_000

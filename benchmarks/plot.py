@@ -78,7 +78,7 @@ def draw_curve(axes: Any, name: str, x: np.ndarray, curves: np.ndarray) -> None:
         axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def finish(figure: Any, axes: Any, handles: list[Any], path: Path) -> None:
+def finish(figure: Any, handles: list[Any], path: Path) -> None:
     """Legend below, save."""
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=14, columnspacing=1.2)
@@ -115,7 +115,7 @@ def plot_curves(results: Results, path: Path) -> bool:
         ax.set_xlim(0, None)
     axes[-1, 0].set_xlabel("env steps, millions")
     figure.suptitle(subtitle(results), fontsize=15)
-    finish(figure, axes, list(handles.values()), path)
+    finish(figure, list(handles.values()), path)
     return True
 
 
@@ -131,7 +131,7 @@ def plot_calls(results: Results, path: Path) -> bool:
     ax.set(xlabel="LLM calls so far", ylabel=f"{RETURN}, training episodes", ylim=(0, None))
     ax.set_xlim(0, None)
     figure.suptitle(subtitle(results), fontsize=15)
-    finish(figure, ax, ax.get_lines(), path)
+    finish(figure, ax.get_lines(), path)
     return True
 
 
@@ -162,7 +162,7 @@ def plot_achievements(results: Results, path: Path) -> bool:
     ax.set_yticklabels([name.replace("_", " ") for name in names])
     ax.grid(axis="y", visible=False)
     figure.suptitle(subtitle({name: results[name] for name in shown}), fontsize=15)
-    finish(figure, ax, ax.containers and [c for c in ax.containers], path)
+    finish(figure, ax.containers, path)
     return True
 
 
@@ -193,7 +193,7 @@ def plot_aggregate(results: Results, path: Path) -> bool:
         axes[2].axvline(0.5, color="0.5", linestyle=":")
         axes[2].set_xlim(0, 1.02)
     figure.suptitle(subtitle(results), fontsize=15)
-    finish(figure, axes, [], path)
+    finish(figure, [], path)
     return True
 
 

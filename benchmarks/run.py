@@ -265,6 +265,8 @@ def watch(job: Job, progress: Progress, stopping: bool) -> None:
     if last:
         mean_return = last.get("charts/episodic_return")
         status = f"{last['charts/SPS']:,.0f} steps/s" + ("" if mean_return is None else f"  return {mean_return:.2f}")
+        if last["global_step"] >= job.total:
+            status = "evaluating"
         progress.update(job.task, completed=last["global_step"], status=status)
     if code is None:
         return

@@ -113,6 +113,8 @@ def plot_curves(results: Results, path: Path) -> bool:
                 handles.setdefault(name, ax.get_lines()[-1])
         ax.set(ylabel=f"{label}, training episodes", ylim=(0, None))
         ax.set_xlim(0, None)
+        if len(ax.get_lines()) < len(handles):
+            ax.text(0.98, 0.03, "others: not recorded", transform=ax.transAxes, ha="right", color="0.4")
     axes[-1, 0].set_xlabel("env steps, millions")
     figure.suptitle(subtitle(results), fontsize=15)
     finish(figure, list(handles.values()), path)

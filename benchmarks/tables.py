@@ -11,6 +11,7 @@ from collect import Results, column
 from run import ROOT, VARIANTS
 from stats import bootstrap_interval, iqm, paired_difference, probability_of_improvement
 
+FULL = "guided"  # the full method
 # Method, observation, LLM, env steps, score %, return, reward % of 22. "(S)": taken from another work's table.
 PUBLISHED = (
     ("human expert (Hafner 2021)", "pixels", "", "", 50.5, 14.3, 65.0),
@@ -68,26 +69,43 @@ def methods_table() -> str:
 
 
 def results_table(results: Results) -> str:
-    """Final evaluations: the mean over the seeds, and each seed's return."""
+    """Final evaluations: the mean over the seeds, each seed's return, and how far the full method leads."""
     header = ["Method", "Name", "return: mean (each seed)", "reward %", "score %", "LLM calls"]
+    header.append(f"return of `{FULL}` minus this [95 %]")
     rows = []
     for name, runs in results.items():
         returns = column(runs, "episodic_return")
         each = ", ".join(f"{r:.2f}" for r in returns)
         reward, score, calls = (column(runs, key).mean() for key in ("reward_percent", "score", "llm_calls"))
         shown = f"**{returns.mean():.2f}** ({each})"
-        rows.append([what(name), f"`{name}`", shown, f"{reward:.1f}", f"{score:.1f}", f"{calls:.0f}"])
+        row = [what(name), f"`{name}`", shown, f"{reward:.1f}", f"{score:.1f}", f"{calls:.0f}"]
+        rows.append([*row, "" if name == FULL else lead(results, name)])
     return markdown(header, rows)
 
 
-def aggregate_table(results: Results, baseline: str = "guided") -> str:
-    """IQM with intervals, and the first variant against each other one."""
-    header = ["Name", "seeds", "IQM return", "IQM score %", f"P({baseline} better)", f"return of {baseline} minus this"]
+def lead(results: Results, name: str) -> str:
+    """The paired difference in return between the full method and this variant [95 % t-interval]"""
+    seeds = sorted(results.get(FULL, {}).keys() & results[name].keys())
+    if not seeds:
+        return ""
+    difference = paired_difference(
+        *[column({seed: results[which][seed] for seed in seeds}, "episodic_return") for which in (FULL, name)]
+    )
+    low, high = difference.interval or (None, None)
+    return f"{difference.mean:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")
+
+
+def aggregate_table(results: Results) -> str:
+    """IQM with intervals, and how often the full method's return is the higher one."""
+    header = ["Name", "seeds", "IQM return [95 %]", "IQM score % [95 %]", f"P({FULL} better)"]
     rows = []
     for name, runs in results.items():
         returns, scores = column(runs, "episodic_return")[:, None], column(runs, "score")[:, None]
-        row = [f"`{name}`", str(len(runs)), with_interval(returns, 2), with_interval(scores, 1)]
-        rows.append(row + (against(results, baseline, name) if name != baseline and baseline in results else ["", ""]))
+        row = [f"`{name}`", str(len(runs)), with_interval(returns, 2), with_interval(scores, 1), ""]
+        if name != FULL and FULL in results:
+            full = column(results[FULL], "episodic_return")[:, None]
+            row[-1] = f"{probability_of_improvement(full, returns):.2f}"
+        rows.append(row)
     return markdown(header, rows)
 
 
@@ -97,20 +115,6 @@ def with_interval(scores: np.ndarray, digits: int) -> str:
         return f"{iqm(scores):.{digits}f}"
     low, high = bootstrap_interval(iqm, scores)
     return f"{iqm(scores):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def against(results: Results, a: str, b: str) -> list[str]:
-    """Probability of improvement of a over b in return, and the paired difference [95 % t-interval]."""
-    x, y = (column(results[name], "episodic_return") for name in (a, b))
-    seeds = sorted(results[a].keys() & results[b].keys())
-    if not seeds:
-        return [f"{probability_of_improvement(x[:, None], y[:, None]):.2f}", ""]
-    paired = [column({seed: results[name][seed] for seed in seeds}, "episodic_return") for name in (a, b)]
-    difference = paired_difference(*paired)
-    interval = difference.interval and f" [{difference.interval[0]:+.2f}, {difference.interval[1]:+.2f}]"
-    return [
-        f"{probability_of_improvement(x[:, None], y[:, None]):.2f}", f"{difference.mean:+.2f}{interval or ''}"
-    ]  # fmt: skip
 
 
 def published_table(results: Results) -> str:

@@ -23,7 +23,14 @@ Results = dict[str, dict[int, Result]]  # variant -> seed -> result
 
 
 def read_run(folder: Path) -> Result:
-    """The result of a finished run folder. Raises OSError or ValueError if a file is missing or broken."""
+    """The result of a finished run folder. Raises ValueError if a file is missing or broken."""
+    try:
+        return _read_run(folder)
+    except (OSError, ValueError, KeyError) as problem:
+        raise ValueError(f"{folder} can't be read ({problem!r}); train this run again") from None
+
+
+def _read_run(folder: Path) -> Result:
     config = json.loads((folder / "config.json").read_text())
     words = config["argv"]
     if "--run-dir" in words:
@@ -68,6 +75,12 @@ def collect(suite: str, runs_dir: Path, results_dir: Path, allow_dirty: bool = F
         difference = differing_flag(flags, flags_of(suite, variant, int(seed), flags["total_timesteps"]))
         if difference:
             raise ValueError(f"{folder} was made with other flags than {variant} has ({difference})")
+        if (
+            not 0
+            <= result["summary"]["global_step"] - flags["total_timesteps"]
+            < flags["num_envs"] * flags["num_steps"]
+        ):
+            raise ValueError(f"{folder} was resumed with another --total-timesteps: no single command makes it")
         if not allow_dirty and (result["git_commit"] or "-dirty").endswith("-dirty"):
             raise ValueError(
                 f"{folder} was made from code that is in no commit ({result['git_commit']}); train it again from a "
@@ -94,12 +107,20 @@ def dumps(result: Result) -> str:
     return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
+def read_result(path: Path) -> Result:
+    """Raises ValueError if the file is broken."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as problem:
+        raise ValueError(f"{path} can't be read ({problem}); collect it again") from None
+
+
 def load(folder: Path) -> Results:
     """The results in a folder of result files, or of run folders. Variants in the order of VARIANTS, then others.
 
     Raises ValueError if there is none, or two of the same variant and seed.
     """
-    named = [(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    named = [(path.stem, read_result(path)) for path in sorted(folder.glob("*.json"))]
     named += [(path.parent.name, read_run(path.parent)) for path in sorted(folder.glob("*/summary.json"))]
     if not named:
         raise ValueError(f"no result in {folder}: no <variant>-<seed>.json, no run folder with a summary.json")

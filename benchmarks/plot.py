@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import tyro
 from collect import Results, collect, column, load
@@ -20,8 +19,13 @@ from run import ROOT, VARIANTS, SuiteName
 from stats import bootstrap_band, bootstrap_interval, iqm, probability_of_improvement
 from tables import HUMAN, between_markers, generated
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
+try:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+except ImportError:
+    sys.exit("error: matplotlib is missing; pip install -r requirements-dev.txt")
 
 STYLE = {
     "font.size": 15, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.92",

@@ -79,14 +79,17 @@ class Suite:
 
 
 SUITES = {
-    "main": Suite(tuple(VARIANTS)[:11]),
+    "main": Suite((
+        "guided", "none", "none-bonus", "facts", "facts-bonus", "context-only", "no-adapter", "no-sft", "no-trials",
+        "random", "pause",
+    )),
     "comprehension": Suite(("guided", "cosine-actions", "success", "binary", "no-comprehension")),
     "toy": Suite(
         ("guided", "none"),
         "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --updates-per-phase 3 "
         "--queries-per-phase 2 --eval-episodes 16 --adapter none --total-timesteps 2000",
     ),
-}
+}  # fmt: skip
 SuiteName = Literal["main", "comprehension", "toy"]
 FREE_FLAGS = {"run_dir", "resume", "exp_name", "track", "save_every", "debug_nans"}  # these change no result
 

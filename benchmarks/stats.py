@@ -69,7 +69,6 @@ class Difference:
 
     mean: float
     interval: tuple[float, float] | None
-    pairs: int
 
     @property
     def sign(self) -> int:
@@ -84,6 +83,6 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> Difference:
     differences = np.asarray(a, np.float64) - np.asarray(b, np.float64)
     n, mean = len(differences), float(differences.mean())
     if n < 2:
-        return Difference(mean, None, n)
+        return Difference(mean, None)
     half = float(student_t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n))
-    return Difference(mean, (mean - half, mean + half), n)
+    return Difference(mean, (mean - half, mean + half))

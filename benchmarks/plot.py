@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import tyro
 from collect import Results, collect, column, load
-from run import ROOT, VARIANTS, SuiteName
+from run import CONTROLS, ROOT, VARIANTS, SuiteName
 from stats import bootstrap_band, bootstrap_interval, iqm, probability_of_improvement
-from tables import HUMAN, between_markers, generated
+from tables import FULL, HUMAN, between_markers, generated
 
 try:
     import matplotlib
@@ -56,7 +56,7 @@ def look(name: str) -> dict[str, Any]:
     number = list(VARIANTS).index(name) if name in VARIANTS else len(VARIANTS)
     label = VARIANTS[name].label if name in VARIANTS else name
     style = {"color": plt.get_cmap("tab10")(number % 10), "linestyle": "--" if number >= 10 else "-", "label": label}
-    return style | ({"linewidth": 3.2, "zorder": 3} if name == "guided" else {})
+    return style | ({"linewidth": 3.2, "zorder": 3} if name == FULL else {})
 
 
 def mean_curves(runs: dict[int, Any], names: list[str]) -> np.ndarray | None:
@@ -97,6 +97,17 @@ def subtitle(results: Results) -> str:
     guides = sorted({s["llm_model"] or s["llm"] for s in summaries} - {"none"})
     names = [f"{g} (no LLM)" if g in ("rules", "random") else g for g in guides]
     return envs + (f"\nguide: {', '.join(names)}" if names else "")
+
+
+def plot_controls(results: Results, path: Path) -> bool:
+    """Learning curves of the full method and of what it must beat."""
+    return plot_curves({name: runs for name, runs in results.items() if name in (FULL, *CONTROLS)}, path)
+
+
+def plot_ablations(results: Results, path: Path) -> bool:
+    """Learning curves of the full method and of what lacks a part of it."""
+    shown = {name: runs for name, runs in results.items() if name not in CONTROLS}
+    return shown.keys() != {FULL} and plot_curves(shown, path)
 
 
 def plot_curves(results: Results, path: Path) -> bool:
@@ -143,7 +154,7 @@ def plot_calls(results: Results, path: Path) -> bool:
 
 def plot_achievements(results: Results, path: Path) -> bool:
     """Success rates of the trained policies as bars: human experts, plain PPO, the full method."""
-    shown = [name for name in ("none", "guided") if name in results]
+    shown = [name for name in ("none", FULL) if name in results]
     if not shown:
         return False
     names = list(next(iter(results[shown[0]].values()))["summary"]["achievements"])
@@ -178,11 +189,11 @@ def plot_aggregate(results: Results, path: Path) -> bool:
     scores = {
         key: {name: column(results[name], key)[:, None] for name in names} for key in ("episodic_return", "score")
     }
-    compared = [name for name in names if name != "guided"] if "guided" in results else []
+    compared = [name for name in names if name != FULL] if FULL in results else []
     sizes = [len(names), len(names)] + [len(compared)] * bool(compared)
     figure, axes = plt.subplots(
         len(sizes),
-        figsize=(WIDTH, 2.6 + 0.62 * sum(sizes)),
+        figsize=(WIDTH, 2.6 + 0.5 * sum(sizes)),
         layout="constrained",
         height_ratios=[s + 1.0 for s in sizes],
     )
@@ -194,7 +205,7 @@ def plot_aggregate(results: Results, path: Path) -> bool:
     if compared:
         for row, name in enumerate(compared):
             returns = scores["episodic_return"]
-            draw_estimate(axes[2], row, name, probability_of_improvement, returns["guided"], returns[name])
+            draw_estimate(axes[2], row, name, probability_of_improvement, returns[FULL], returns[name])
         finish_estimates(axes[2], compared, "P(RLAdapter's return is higher)")
         axes[2].axvline(0.5, color="0.5", linestyle=":")
         axes[2].set_xlim(0, 1.02)
@@ -217,7 +228,8 @@ def finish_estimates(ax: Any, names: list[str], label: str) -> None:
 
 
 FIGURES = {
-    "results_curves.png": plot_curves,
+    "results_curves.png": plot_controls,
+    "results_ablations.png": plot_ablations,
     "results_calls.png": plot_calls,
     "results_achievements.png": plot_achievements,
     "results_aggregate.png": plot_aggregate,

@@ -71,6 +71,8 @@ VARIANTS = {
     "no-comprehension": Variant("no score", "no comprehension score", "--comprehension none"),
 }
 
+CONTROLS = ("none", "none-bonus", "facts", "facts-bonus")  # without guidance; the others are the method and ablations
+
 
 @dataclass(frozen=True)
 class Suite:

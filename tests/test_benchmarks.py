@@ -261,6 +261,15 @@ def test_old_results_without_score_and_calls_are_drawn_as_far_as_they_go(tmp_pat
     assert not plot.plot_calls(results, tmp_path / "calls.png") and not (tmp_path / "calls.png").exists()
 
 
+def test_controls_and_ablations_have_a_figure_each(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "plot_curves", lambda results, path: drawn.append(list(results)) or True)
+    plot.plot_controls({"guided": 0, "none": 0, "pause": 0}, Path("x"))
+    plot.plot_ablations({"guided": 0, "none": 0, "pause": 0}, Path("x"))
+    assert drawn == [["guided", "none"], ["guided", "pause"]]
+    assert not plot.plot_ablations({"guided": 0, "none": 0}, Path("x"))
+
+
 def test_compare_says_what_the_interval_allows(tmp_path, capsys):
     folder = write_results(tmp_path, guided=[5.0, 6.1, 7.0], none=[1.0, 2.0, 3.1], facts=[5.5, 5.5, 7.5])
     assert compare.main(["guided", "none", "--results", str(folder)]) == 0
@@ -341,8 +350,9 @@ def test_a_suite_from_training_to_verdict(toy_runs, tmp_path, capsys):
     )
     assert found["curve"]["llm_calls"][-1] == found["summary"]["llm_calls"] > 0
     assert set(loaded["none"][1]["curve"]["llm_calls"]) == {0}
-    for name in plot.FIGURES:
+    for name in plot.FIGURES.keys() - {"results_ablations.png"}:
         assert (tmp_path / name).stat().st_size > 5000, name
+    assert not (tmp_path / "results_ablations.png").exists()  # neither variant is one
     shown = (tmp_path / "tables.md").read_text()
     assert f"| RLAdapter | `guided` | **{found['summary']['episodic_return']:.2f}**" in shown
     capsys.readouterr()

@@ -1,30 +1,38 @@
-"""The guide's side of the method: messages to an LLM, replies read back into sub-goals, clients, text embeddings.
+"""The guide's side of the method: messages to an LLM, replies read back into sub-goals, clients, cache, budget.
 
     caption, previous sub-goals, analysis -> build_messages -> client.complete -> parse_reply -> Guidance
-                                                                                     embed_sub_goals -> (D,) context
 
 Clients have `name`; `check()`, before training: ValueError, one line, where the guide cannot work; `complete(batch,
-samples)`, all queries of a pause: Replies in order, never raises, failures are in Reply.error; and `close()`:
+samples)`, all queries of a pause: Replies in order, never raises, failures are in Reply.error; `resume(queries, calls,
+cost)`: what a run that goes on has asked and spent; and `close()`:
 
     rules    a decision list that reads only the text of the messages: offline, free, a stand-in for an LLM
     random   three random basic sub-goals: what any context at all is worth
     http     any OpenAI-compatible server; the key comes from OPENAI_API_KEY only
+    replay   what the guide of an earlier run said, from its guidance.jsonl
 
-Plain Python and numpy, no jax. Captions come from `envs.captions` as text.
+    python llm_client.py --llm http --llm-base-url http://127.0.0.1:8000/v1 --llm-model NAME --prompt "hi"
+
+asks a server once and shows what came back. Plain Python and numpy, no jax. Captions come from `envs.captions` as text.
+docs/llm.md says how to start servers.
 """
 
 import asyncio
+import email.utils
 import hashlib
 import itertools
 import json
+import math
 import os
+import random
 import re
+import sqlite3
 import sys
 import time
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -59,8 +67,28 @@ It names at most {MAX_SUB_GOALS} sub-goals from the list, the most urgent first,
 rests on, "not " in front of one that is false. A sub-goal will be advised in every situation that shares its facts, so
 leave out what does not matter to it, and leave out nothing that does."""
 
-REPAIR_PROMPT = """Your reply could not be used: {reason}. Reply with only the JSON object
-{{"sub_goals": {{name: [facts], ...}}}}, with names from the lists."""
+REPAIR_PROMPT = "Your reply could not be used: {reason}. Reply with only the JSON object, with names from the lists."
+
+# The same reply as a JSON schema. A list, not an object with the sub-goals as keys: servers that compile a schema to a
+# grammar fix the order of keys, and here the most urgent comes first. Lists are bounded: small models
+# never end them.
+_NAMES = [f"{sign}{fact}" for fact in vocab.FACTS for sign in ("", "not ")]
+_ITEM = {
+    "type": "object", "additionalProperties": False, "required": ["name", "because"],
+    "properties": {
+        "name": {"type": "string", "enum": list(vocab.SUB_GOALS)},
+        "because": {"type": "array", "maxItems": 4, "items": {"type": "string", "enum": _NAMES}},
+    },
+}  # fmt: skip
+SCHEMA = {
+    "type": "object", "additionalProperties": False, "required": ["sub_goals"],
+    "properties": {"sub_goals": {"type": "array", "minItems": 1, "maxItems": MAX_SUB_GOALS, "items": _ITEM}},
+}  # fmt: skip
+RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "sub_goals", "strict": True, "schema": SCHEMA}}
+SCHEMA_NOTE = """
+
+Write the object in this form, the most urgent sub-goal first:
+{"sub_goals": [{"name": "chop tree", "because": ["not wood >= 4"]}, {"name": "sleep", "because": ["energy low"]}]}"""
 
 _ESCAPES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?")
 
@@ -105,6 +133,8 @@ class Reply:
     completion_tokens: int = 0
     seconds: float = 0.0
     calls: int = 0  # requests that the guide answered: 2 with a repair; SDK retries do not count
+    cost: float = 0.0  # in the currency of --llm-price-in
+    skipped: bool = False  # not asked: the budget is spent; `error` says so, but it is no failure of the guide
 
 
 _SEPARATORS = re.compile(r"[\n,;:\[\](){}\"'`*]|\s[-–—]\s")
@@ -346,6 +376,8 @@ class OfflineGuide:
 
     def check(self) -> None: ...
 
+    def resume(self, queries: int, calls: int, cost: float) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -415,18 +447,207 @@ def read_completion(body: bytes) -> tuple[str, int, int]:
     return text or "", prompt, completion
 
 
+def follows_schema(text: str) -> bool:
+    """Is the reply what RESPONSE_FORMAT asks for? If not, the server ignored it."""
+    try:
+        items = json.loads(text)["sub_goals"]
+        return bool(items) and all(set(item) == {"name", "because"} for item in items) and bool(parse_reply(text))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+class NoCache:
+    """Remembers nothing."""
+
+    def read(self, key: str) -> str | None: ...
+
+    def keep(self, key: str, text: str) -> str:
+        return text
+
+    def close(self) -> None: ...
+
+
+class Cache:
+    """Replies on disk, keyed by a hash of the whole request. Several processes may share the file, a kill costs nothing
+    that was written (SQLite, WAL). A damaged file is set aside and a new one begun; nothing here stops a training.
+
+    Raises ValueError, one line, if there can be no file at this path.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._warned = path, False
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._open()
+            except sqlite3.DatabaseError as error:
+                if not is_damage(error):
+                    raise
+                self._start_anew()
+        except (OSError, sqlite3.Error) as error:
+            raise ValueError(f"--llm-cache: can't use {path} ({error}); choose another file, or none") from None
+
+    def _open(self) -> None:
+        # One complete() runs at a time, but with --llm-async in a thread of its own.
+        self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
+        if self._db.execute("PRAGMA quick_check").fetchone() != ("ok",):
+            raise sqlite3.DatabaseError("damaged")
+        for attempt in range(100):
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                break
+            except sqlite3.OperationalError:  # another process is at it, for which SQLite does not wait here
+                if attempt == 99:
+                    raise
+                time.sleep(0.05)
+        self._db.execute("PRAGMA synchronous=NORMAL")  # a power cut may cost the newest replies, a kill none
+        self._db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, text TEXT NOT NULL)")
+
+    def _start_anew(self) -> None:
+        self._db.close()
+        aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
+        print(f"warning: --llm-cache: {self.path} is damaged; set aside as {aside.name}", file=sys.stderr)
+        for suffix in ("", "-wal", "-shm"):
+            try:
+                os.replace(f"{self.path}{suffix}", f"{aside}{suffix}")
+            except FileNotFoundError:
+                continue  # there is none, or another process was faster
+        self._open()
+
+    def _run(self, statement: str, values: tuple[str, ...]) -> list[tuple[str]]:
+        try:
+            try:
+                return self._db.execute(statement, values).fetchall()
+            except sqlite3.DatabaseError as error:
+                if not is_damage(error):
+                    raise
+                self._start_anew()
+        except (OSError, sqlite3.Error) as error:
+            if not self._warned:
+                print(f"warning: --llm-cache: {self.path} can't be used now ({error})", file=sys.stderr)
+            self._warned = True
+        return []
+
+    def read(self, key: str) -> str | None:
+        """A reply that `parse_reply` reads, None if there is none."""
+        for (text,) in self._run("SELECT text FROM replies WHERE key = ?", (key,)):
+            try:
+                text = json.loads(text)
+                parse_reply(text)
+                return text
+            except (ValueError, TypeError):  # another version's reply, or no text
+                return None
+        return None
+
+    def keep(self, key: str, text: str) -> str:
+        """Write a reply; returns the one that is kept: the first, which another process may have used already."""
+        # As JSON, because SQLite takes no lone surrogates.
+        self._run("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, json.dumps(text)))
+        return self.read(key) or text
+
+    def close(self) -> None:
+        self._db.close()
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Of SQLite's errors only what it says about a file that is no database any more has no class of its own."""
+    return type(error) is sqlite3.DatabaseError
+
+
+def open_cache(path: str | Path) -> Cache | NoCache:
+    """The cache at a path; "none" is no cache."""
+    return NoCache() if str(path) == "none" else Cache(Path(path).expanduser())
+
+
+class NotReady(ValueError):
+    """A server that may answer later."""
+
+
+class BudgetSpent(ValueError):
+    """One more call could pass --llm-max-calls or --llm-max-cost."""
+
+
+class Budget:
+    """Calls and money, spent and reserved for calls under way. None means no limit.
+
+    Prices are per million tokens, in any currency.
+    """
+
+    def __init__(
+        self, max_calls: int | None = None, max_cost: float | None = None, price_in: float = 0, price_out: float = 0
+    ) -> None:
+        if max_cost is not None and not price_in + price_out > 0:
+            raise ValueError("--llm-max-cost needs --llm-price-in and --llm-price-out, the prices of a million tokens")
+        self.max_calls, self.max_cost, self.price_in, self.price_out = max_calls, max_cost, price_in, price_out
+        self.calls, self.cost = 0, 0.0
+
+    def price(self, prompt_tokens: float, completion_tokens: float) -> float:
+        return (self.price_in * prompt_tokens + self.price_out * completion_tokens) / 1e6
+
+    def reserve(self, cost: float) -> None:
+        """Set one call aside, at most as dear as this. Raises BudgetSpent where that is more than there is left."""
+        if self.max_calls is not None and self.calls + 1 > self.max_calls:
+            raise BudgetSpent("not asked: --llm-max-calls is spent")
+        if self.max_cost is not None and self.cost + cost > self.max_cost:
+            raise BudgetSpent("not asked: --llm-max-cost is spent")
+        self.calls, self.cost = self.calls + 1, self.cost + cost
+
+    def settle(self, reserved: float, calls: int, cost: float) -> None:
+        """The call has ended; what it took, instead of what was reserved."""
+        self.calls, self.cost = self.calls - 1 + calls, self.cost - reserved + cost
+
+
+def estimate_tokens(messages: list[dict[str, str]]) -> int:
+    """About what a chat counts as, rather too many: English has some four characters per token."""
+    return sum(len(message["content"]) // 3 + 8 for message in messages)
+
+
+def is_transient(status: int) -> bool:
+    """May the same request succeed later?"""
+    return status in (408, 409, 425, 429) or status >= 500
+
+
+def retry_delay(error: Exception, attempt: int) -> float:
+    """Seconds to wait before attempt + 1: what Retry-After says, else half a second, doubled each time, up to eight.
+    With jitter, so that many clients do not come back at once."""
+    said = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
+    try:
+        seconds = float(said)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(said).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            seconds = math.nan
+    if not seconds >= 0:
+        seconds = 0.75 * min(0.5 * 2**attempt, 8.0)
+    return seconds * random.uniform(1, 4 / 3)
+
+
+@dataclass
+class Spending:
+    """What one query has taken so far."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+
+
 class HttpGuide:
     """Any server with OpenAI's /chat/completions.
 
-    timeout: seconds that one attempt may be silent; a whole request, with the SDK's retries, may take twice that.
+    concurrency: requests under way at a time.
+    timeout: seconds that one attempt may be silent; a whole request, with its retries, may take twice that.
     deadline: seconds that a whole pause may take; queries that are not answered by then fail.
+    structured: json_schema asks for SCHEMA, text does not, auto asks for it until the server refuses or ignores it.
     Temperature 1, as in the reference, so samples of the same messages differ.
     Raises ValueError, naming the flag or variable, where it cannot work at all.
     """
 
     def __init__(
-        self, base_url: str, model: str, concurrency: int = 16, timeout: float = 60, retries: int = 3,
-        deadline: float = 600,
+        self, base_url: str, model: str, concurrency: int = 32, timeout: float = 60, retries: int = 3,
+        deadline: float = 600, structured: str = "text", cache: Cache | NoCache | None = None,
+        budget: Budget | None = None,
     ) -> None:  # fmt: skip
         if not model.strip():
             raise ValueError("--llm http needs the name of a model: set --llm-model")
@@ -437,73 +658,125 @@ class HttpGuide:
             raise ValueError("--llm http needs the openai package: pip install -r requirements.txt") from None
         self._openai, self.name, self.base_url, self.model = openai, f"http:{model}", base_url, model
         self.concurrency, self.timeout, self.retries, self.deadline = concurrency, timeout, retries, deadline
-        self._limit_name = "max_tokens"
+        self.structured, self.cache, self.budget = structured, cache or NoCache(), budget or Budget()
+        # What this server takes, as far as is known: the name of the reply's limit, and whether a schema may be sent.
+        self._dialect = ("max_tokens", structured != "text")
+
+    @property
+    def sends_schema(self) -> bool:
+        """After `check`: does the server answer in the schema that it is asked for?"""
+        return self._dialect[1]
 
     def check(self) -> None:
-        """One short chat. Raises ValueError where training would be in vain, warns on stderr where it may go well."""
+        """One short chat, two where the server does not answer in the schema that --llm-structured auto asks for.
+        Raises ValueError where training would be in vain, warns on stderr where it may go well."""
+        try:
+            self.try_out(CHECK_MESSAGES)
+        except NotReady as error:
+            print(f"warning: {error}; training starts all the same", file=sys.stderr)
+
+    def try_out(self, messages: list[dict[str, str]]) -> Reply:
+        """The answer to one chat, which need not be guidance, asked without retries. Raises ValueError, one line that
+        names the flag to look at; NotReady where the same may go well later."""
         openai, where = self._openai, f"the LLM server at {self.base_url}"
         try:
-            read_completion(asyncio.run(self._probe()))
+            return asyncio.run(self._probe(messages))
         except Exception as error:
             status, hint = getattr(error, "status_code", 0), "--llm-base-url (/v1 at the end?), --llm-model"
-            slow = isinstance(error, TimeoutError | openai.APITimeoutError)
-            if slow or status in (408, 409, 425, 429) or status >= 500:
-                print(f"warning: {where} is not ready, going on: {self._said(error)}", file=sys.stderr)
-                return
+            if isinstance(error, TimeoutError | ConnectionError | openai.APITimeoutError) or is_transient(status):
+                raise NotReady(f"{where} is not ready: {self._said(error)}") from None
             if status in (401, 403):
                 hint = "OPENAI_API_KEY"
             elif isinstance(error, openai.APIConnectionError):
                 hint = "--llm-base-url, and that the server runs"
+            elif self.structured == "json_schema":
+                hint += ", or use --llm-structured auto"
             raise ValueError(f"cannot use {where}: check {hint}: {self._said(error)}") from None
 
     def complete(self, batch: list[list[dict[str, str]]], samples: list[int]) -> list[Reply]:
-        """All queries at once, at most `concurrency` at a time. `samples` need no care: the server draws them."""
+        """All queries at once, at most `concurrency` at a time; those in the cache are not asked, none is asked twice.
+
+        The server draws the samples. Their index only tells the cache that another answer is wanted.
+        """
+        keys = [self.cache_key(messages, sample) for messages, sample in zip(batch, samples, strict=True)]
+        found = {key: Reply(text, cached=True) for key in keys if (text := self.cache.read(key)) is not None}
+        new = {key: messages for key, messages in zip(keys, batch, strict=True) if key not in found}
         try:
-            return asyncio.run(self._complete(batch))
+            found |= asyncio.run(self._complete(new)) if new else {}
         except Exception as error:  # the event loop itself failed
-            return [Reply(error=self._said(error)) for _ in batch]
+            found |= {key: Reply(error=self._said(error)) for key in new}
+        replies = []
+        for key in keys:
+            reply = found[key]
+            replies.append(reply)
+            found[key] = Reply(reply.text, reply.error, not reply.error, skipped=reply.skipped)  # took nothing again
+        return replies
 
-    def close(self) -> None: ...
+    def cache_key(self, messages: list[dict[str, str]], sample: int) -> str:
+        """Hash of all that decides a reply; the key of the API is no part of it."""
+        request = {
+            "base_url": self.base_url, "model": self.model, "messages": messages, "sample": sample, "temperature": 1.0,
+            "max_tokens": MAX_TOKENS, "structured": self.structured,
+            "schema": None if self.structured == "text" else [SCHEMA, SCHEMA_NOTE],
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
-    def _client(self, retries: int) -> Any:
+    def resume(self, queries: int, calls: int, cost: float) -> None:
+        self.budget.calls, self.budget.cost = calls, cost
+
+    def close(self) -> None:
+        self.cache.close()
+
+    def _client(self) -> Any:
         """A client for one event loop, that is, for one pause."""
         # A proxy from the environment is of no use for a server on this machine, and often in the way.
         transport = self._openai.DefaultAsyncHttpxClient(trust_env=not self._local)
         common = {"api_key": self._key, "base_url": self.base_url, "timeout": self.timeout}
-        return self._openai.AsyncOpenAI(**common, max_retries=retries, http_client=transport)
+        return self._openai.AsyncOpenAI(**common, max_retries=0, http_client=transport)
 
-    async def _probe(self) -> bytes:
-        """The answer to CHECK_MESSAGES. Newer OpenAI models take the reply's limit only under another name."""
-        async with self._client(retries=0) as client:
+    async def _probe(self, messages: list[dict[str, str]]) -> Reply:
+        """`try_out`, with the SDK's exceptions. With structured auto this settles whether a schema is sent from now on:
+        one is where the reply has its form."""
+        spent, start = Spending(), time.perf_counter()
+        async with self._client() as client:
             try:
-                return await self._post(client, CHECK_MESSAGES)
-            except self._openai.BadRequestError as error:
-                if "max_completion_tokens" not in str(error):
+                text = await self._call(client, messages, spent, Budget(), retries=0)
+            except self._openai.APIStatusError as error:
+                # Some servers answer a schema with 500. Of the others the same question would have the same answer.
+                if error.status_code < 500 or self.structured != "auto" or not self.sends_schema:
                     raise
-                self._limit_name = "max_completion_tokens"
-                return await self._post(client, CHECK_MESSAGES)
+                text = ""
+            if self.sends_schema and self.structured == "auto" and not follows_schema(text):
+                before, self._dialect = self._dialect, (self._dialect[0], False)
+                try:
+                    text = await self._call(client, messages, spent, Budget(), retries=0)
+                except Exception:
+                    self._dialect = before  # it says nothing about schemas
+                    raise
+        return Reply(text, "", False, spent.prompt_tokens, spent.completion_tokens, time.perf_counter() - start,
+                     spent.calls, spent.cost)  # fmt: skip
 
-    async def _complete(self, batch: list[list[dict[str, str]]]) -> list[Reply]:
+    async def _complete(self, questions: dict[str, list[dict[str, str]]]) -> dict[str, Reply]:
         until = asyncio.get_running_loop().time() + self.deadline
         gate = asyncio.Semaphore(self.concurrency)
-        async with self._client(self.retries) as client:
-            return list(await asyncio.gather(*(self._ask(client, gate, until, messages) for messages in batch)))
+        async with self._client() as client:
+            asked = (self._ask(client, gate, until, key, messages) for key, messages in questions.items())
+            return dict(zip(questions, await asyncio.gather(*asked), strict=True))
 
-    async def _ask(self, client: Any, gate: asyncio.Semaphore, until: float, messages: list[dict[str, str]]) -> Reply:
+    async def _ask(
+        self, client: Any, gate: asyncio.Semaphore, until: float, key: str, messages: list[dict[str, str]]
+    ) -> Reply:
         """One query, with at most one repair turn. A failure ends in Reply.error, with what was spent until then."""
-        text, error, calls, prompt_tokens, completion_tokens = "", "", 0, 0, 0
+        text, error, spent, skipped = "", "", Spending(), False
         start = time.perf_counter()
         try:
             async with asyncio.timeout_at(until), gate:
                 start = time.perf_counter()
                 for turn in range(2):
-                    body = await self._post(client, messages)
-                    calls += 1
-                    text, prompt, completion = read_completion(body)
-                    prompt_tokens, completion_tokens = prompt_tokens + prompt, completion_tokens + completion
-                    text = self._redact(text)[:MAX_REPLY]  # in this order: half a key would not be found
+                    text = await self._call(client, messages, spent, self.budget, self.retries)
                     try:
                         parse_reply(text)
+                        text = self.cache.keep(key, text)  # at once: it is paid for
                         break
                     except ValueError as reason:
                         if turn == 1 or not text.strip():  # nothing to repair in an empty reply
@@ -512,19 +785,93 @@ class HttpGuide:
                         messages = messages + [{"role": role, "content": content} for role, content in turns]
         except Exception as failure:
             error = self._said(failure)
-        return Reply(text, error, False, prompt_tokens, completion_tokens, time.perf_counter() - start, calls)
+            skipped = isinstance(failure, BudgetSpent) and not spent.calls
+        seconds = time.perf_counter() - start
+        tokens = spent.prompt_tokens, spent.completion_tokens
+        return Reply(text, error, False, *tokens, seconds, spent.calls, spent.cost, skipped)
 
-    async def _post(self, client: Any, messages: list[dict[str, str]]) -> bytes:
+    async def _call(
+        self, client: Any, messages: list[dict[str, str]], spent: Spending, budget: Budget, retries: int
+    ) -> str:
+        """The text of one reply, within a budget; what it took is added to `spent`. Raises what the SDK raises,
+        BudgetSpent, and ValueError for what is no completion."""
+        worst = budget.price(estimate_tokens(messages), MAX_TOKENS)
+        budget.reserve(worst)
+        calls = cost = 0
+        try:
+            body = await self._post(client, messages, retries)
+            calls, cost = 1, worst  # the price of an answer that does not say how long it is
+            text, prompt, completion = read_completion(body)
+            if prompt or completion:
+                cost = budget.price(prompt, completion)
+            spent.prompt_tokens += prompt
+            spent.completion_tokens += completion
+        finally:
+            spent.calls += calls
+            spent.cost += cost
+            budget.settle(worst, calls, cost)
+        return self._redact(text)[:MAX_REPLY]  # in this order: half a key would not be found
+
+    async def _post(self, client: Any, messages: list[dict[str, str]], retries: int) -> bytes:
+        """Body of the answer to one chat request, asked again without what the server refused to take."""
+        known = dialect = self._dialect
+        while True:
+            try:
+                body = await self._send_patiently(client, messages, dialect, retries)
+                if dialect != known:
+                    self._dialect = dialect
+                return body
+            except (self._openai.BadRequestError, self._openai.UnprocessableEntityError) as error:
+                refused, dialect = dialect, self._simpler(dialect, str(error))
+                if dialect == refused:
+                    raise
+
+    def _simpler(self, dialect: tuple[str, bool], said: str) -> tuple[str, bool]:
+        """Newer OpenAI models take the reply's limit only under another name, older servers take no schema."""
+        limit, schema = dialect
+        if limit == "max_tokens" and "max_completion_tokens" in said:
+            return "max_completion_tokens", schema
+        return limit, schema and self.structured != "auto"
+
+    async def _send_patiently(
+        self, client: Any, messages: list[dict[str, str]], dialect: tuple[str, bool], retries: int
+    ) -> bytes:
+        """`_send` with retries. Not the SDK's: they miss an answer that breaks off, and a wait that is longer than the
+        time that is left would end as a time-out, without the reason."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + 2 * self.timeout
+        async with asyncio.timeout_at(until):
+            attempt = 0
+            while True:
+                try:
+                    return await self._send(client, messages, *dialect)
+                except (self._openai.APIError, ConnectionError) as error:
+                    status = getattr(error, "status_code", 503)  # none: the connection failed
+                    wait = retry_delay(error, attempt)
+                    if attempt >= retries or clock() + wait >= until or not is_transient(status):
+                        raise
+                await asyncio.sleep(wait)
+                attempt += 1
+
+    async def _send(self, client: Any, messages: list[dict[str, str]], limit_name: str, schema: bool) -> bytes:
         """Body of the answer to one chat request. Read in pieces, so that its size and time are bounded by us."""
+        request = {"messages": messages, "temperature": 1.0, limit_name: MAX_TOKENS}
+        if schema:  # the note after the first message, which is the same in all requests, as servers cache by prefix
+            first = messages[0] | {"content": messages[0]["content"] + SCHEMA_NOTE}
+            request |= {"messages": [first, *messages[1:]], "response_format": RESPONSE_FORMAT}
         body = bytearray()
-        request = {"model": self.model, "messages": messages, "temperature": 1.0, self._limit_name: MAX_TOKENS}
         create = client.chat.completions.with_streaming_response.create
-        async with asyncio.timeout(2 * self.timeout), create(**request) as response:
-            async for chunk in response.iter_bytes():
-                body += chunk
-                if len(body) > MAX_BODY:
-                    raise ValueError(f"the reply is longer than {MAX_BODY} bytes")
-        return bytes(body)
+        # As extra_body, because the SDK takes a millisecond to look through what it is given as arguments.
+        async with create(model=self.model, messages=[], extra_body=request) as response:
+            chunks = aiter(response.iter_bytes())
+            while len(body) <= MAX_BODY:
+                try:
+                    body += await anext(chunks)
+                except StopAsyncIteration:
+                    return bytes(body)
+                except Exception as error:  # the SDK does not wrap what its transport raises here
+                    raise ConnectionError(f"the answer broke off: {error}") from None
+        raise ValueError(f"the reply is longer than {MAX_BODY} bytes")
 
     def _redact(self, text: str) -> str:
         return text.replace(self._key, "***") if len(self._key) > 4 else text  # the dummy key is no secret
@@ -536,42 +883,101 @@ class HttpGuide:
         return self._redact(clean(message, MAX_REPLY))[:MAX_ERROR]
 
 
-def make_llm(llm: str, *, model: str, base_url: str, seed: int) -> OfflineGuide | HttpGuide:
-    """The client that --llm names. Raises ValueError for another name, or where an HTTP guide cannot work."""
+class ReplayGuide(OfflineGuide):
+    """Says what an earlier run's guide said, in the same order, failures included: the same flags give the same
+    training, bit for bit, without a server. Where a run with other flags asks something else, the answer to the same
+    messages is looked up; where there is none, that query fails.
+
+    Raises ValueError, one line, if the folder has no guidance.
+    """
+
+    name = "replay"
+
+    def __init__(self, folder: Path | None) -> None:
+        super().__init__()
+        if folder is None:
+            raise ValueError("--llm replay needs the folder of a run: set --llm-replay")
+        self.records: list[tuple[str, Reply]] = []
+        try:
+            for line in (folder / "guidance.jsonl").read_text().splitlines():
+                record = json.loads(line)
+                reply = Reply(
+                    record["reply"], record["error"], not record["error"], skipped=record.get("skipped", False)
+                )
+                self.records.append((json.dumps(record["messages"]), reply))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # a kill may have cut the last line off
+        if not self.records:
+            raise ValueError(f"--llm-replay: {folder} has no readable guidance.jsonl")
+        self.by_messages = {messages: reply for messages, reply in reversed(self.records) if not reply.error}
+        self.position = 0
+
+    def complete(self, batch: list[list[dict[str, str]]], samples: list[int]) -> list[Reply]:
+        missing = Reply(error="the replayed run was not asked this")
+        replies = []
+        for messages in map(json.dumps, batch):
+            said = self.records[self.position : self.position + 1]
+            self.position += 1
+            replies.append(said[0][1] if said and said[0][0] == messages else self.by_messages.get(messages, missing))
+        return replies
+
+    def resume(self, queries: int, calls: int, cost: float) -> None:
+        self.position = queries
+
+
+def make_llm(
+    llm: str, *, model: str = "", base_url: str = "", seed: int = 0, replay_run: Path | None = None,
+    cache: str | Path = "none", max_calls: int | None = None, max_cost: float | None = None, price_in: float = 0,
+    price_out: float = 0, **http: Any,
+) -> OfflineGuide | HttpGuide:  # fmt: skip
+    """The client that --llm names. `http`: other settings of HttpGuide.
+
+    Raises ValueError for another name, or where that guide cannot work.
+    """
     if llm in ("rules", "random"):
         return RulesGuide(seed) if llm == "rules" else RandomGuide(seed)
+    if llm == "replay":
+        return ReplayGuide(replay_run)
     if llm == "http":
-        return HttpGuide(base_url, model)
-    raise ValueError(f"--llm {clean(llm, 80)!r} is unknown: use rules, http or random")
+        guide = HttpGuide(base_url, model, budget=Budget(max_calls, max_cost, price_in, price_out), **http)
+        guide.cache = open_cache(cache)  # last: nothing is written for flags that cannot work
+        return guide
+    raise ValueError(f"--llm {clean(llm, 80)!r} is unknown: use rules, http, replay or random")
 
 
-def _unit(vector: np.ndarray) -> np.ndarray:
-    """(D,) float32 of norm 1; zeros stay zeros."""
-    return (vector / (float(np.linalg.norm(vector)) or 1.0)).astype(np.float32)
+@dataclass(frozen=True)
+class Cli:
+    """Ask a guide once, to see whether server, model and key work, and show what came back."""
+
+    llm: Literal["http"] = "http"
+    """the other guides have no server to check"""
+    llm_model: str = ""
+    """model name"""
+    llm_base_url: str = "http://127.0.0.1:8000/v1"
+    """address; the key comes from OPENAI_API_KEY"""
+    llm_structured: Literal["auto", "json_schema", "text"] = "auto"
+    """is a reply in a JSON schema asked for?"""
+    prompt: str = CHECK_MESSAGES[0]["content"]
+    """what to ask"""
 
 
-class HashEmbedding:
-    """Text -> (D,) without a model: word 1-2-grams and character 3-5-grams in signed buckets. Sees shared words, not
-    meaning, so it is for names from the closed vocabulary. The same in every process (crc32, not `hash`)."""
+def main() -> int:
+    """Exit code 0; 2 with one line on stderr where the server cannot be used."""
+    import tyro
 
-    def __init__(self, dim: int = 384) -> None:
-        self.dim = dim
-        self._cache: dict[str, np.ndarray] = {}
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, D) float32, rows of norm 1; a zero row for a text without words."""
-        self._cache |= {text: self._embed(text) for text in texts if text not in self._cache}
-        return np.array([self._cache[text] for text in texts], np.float32).reshape(len(texts), self.dim)
-
-    def _embed(self, text: str) -> np.ndarray:
-        words = re.findall(r"\w+", text.lower())
-        grams = [*words, *map(" ".join, zip(words, words[1:], strict=False))]
-        for word in (f"<{word}>" for word in words):
-            grams += [word[i : i + n] for n in (3, 4, 5) for i in range(len(word) - n + 1)]
-        hashes = np.array([zlib.crc32(gram.encode("utf-8", "replace")) for gram in grams], np.int64)
-        return _unit(np.bincount((hashes >> 1) % self.dim, weights=2.0 * (hashes & 1) - 1, minlength=self.dim))
+    args = tyro.cli(Cli)
+    try:
+        guide = HttpGuide(args.llm_base_url, args.llm_model, structured=args.llm_structured)
+        reply = guide.try_out([{"role": "user", "content": args.prompt}])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"reply: {clean(reply.text, 2_000)}")
+    print(f"tokens: {reply.prompt_tokens} prompt, {reply.completion_tokens} completion, of {reply.calls} chats")
+    print(f"latency: {reply.seconds / reply.calls:.2f} seconds a chat")
+    print(f"structured output (JSON schema): {'yes' if guide.sends_schema else 'no'}")
+    return 0
 
 
-def embed_sub_goals(embedding: HashEmbedding, indices: Sequence[int]) -> np.ndarray:
-    """(D,) of a set of sub-goals: the normalised sum over their names, so order does not matter; zeros if empty."""
-    return _unit(embedding.encode([vocab.SUB_GOALS[i] for i in indices]).sum(axis=0))
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,12 +3,9 @@
 import json
 import random
 import socket
-import subprocess
-import sys
 import threading
 import time
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +14,7 @@ from werkzeug import Request, Response
 
 import envs.vocabulary as vocab
 import llm_client
-from llm_client import Guidance, HashEmbedding, HttpGuide, RandomGuide, RulesGuide, build_messages, clean, parse_reply
+from llm_client import Guidance, HttpGuide, RandomGuide, RulesGuide, build_messages, clean, parse_reply
 
 CAPTION = """You see: tree (2 north), water (1 south, 3 west), cow (1 north, 4 east), zombie (1 east).
 Facing: grass.
@@ -338,42 +335,6 @@ def test_random_guide_is_deterministic_in_seed_messages_and_sample():
         guidance = parse_reply(text)
         assert len(guidance.sub_goals) == 3 and max(guidance.sub_goals) < vocab.NUM_BASIC
         assert all(len(reasons) == 2 for reasons in guidance.because)
-
-
-# --- Embeddings
-
-
-def test_embedding_norms_shapes_and_cache():
-    embedding = HashEmbedding(64)
-    rows = embedding.encode(["chop tree", "", "?!", "chop tree"])
-    assert rows.shape == (4, 64) and rows.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), [1, 0, 0, 1], atol=1e-6)
-    rows[0] = 0  # a caller's array is not the cache
-    np.testing.assert_array_equal(embedding.encode(["chop tree"])[0], rows[3])
-    assert embedding.encode([]).shape == (0, 64)
-
-
-def test_embedding_is_the_same_in_another_process():
-    code = "import llm_client as l; print(l.HashEmbedding().encode(['mine iron']).tobytes().hex())"
-    root = llm_client.__file__.rpartition("/")[0]
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert said.stdout.strip() == HashEmbedding().encode(["mine iron"]).tobytes().hex()
-
-
-def test_similar_texts_are_closer_and_no_two_sub_goals_are_the_same():
-    tree, trees, water = HashEmbedding().encode(["chop tree", "chop trees", "drink water"])
-    assert tree @ trees > 0.5 > 0.3 > abs(tree @ water)
-    rows = HashEmbedding().encode(vocab.SUB_GOALS)
-    assert np.max(rows @ rows.T - 2 * np.eye(len(rows))) < 0.9
-
-
-def test_embed_sub_goals():
-    embedding = HashEmbedding()
-    both = llm_client.embed_sub_goals(embedding, (TREE, WATER))
-    rows = embedding.encode(["chop tree", "drink water"])
-    np.testing.assert_allclose(both, rows.sum(0) / np.linalg.norm(rows.sum(0)), atol=1e-6)
-    np.testing.assert_array_equal(both, llm_client.embed_sub_goals(embedding, (WATER, TREE)))
-    np.testing.assert_array_equal(llm_client.embed_sub_goals(embedding, ()), np.zeros(384, np.float32))
 
 
 # --- The HTTP guide

@@ -1,0 +1,68 @@
+"""A chat server that is no LLM: the guide `rules` behind OpenAI's HTTP interface, after a latency that is set.
+
+    python benchmarks/chat_server.py --port 8123 --latency 0.1
+
+For measurements and for trying `--llm http` without a model. Prints its address when it listens. It answers in the
+schema where one is asked for, and counts characters / 4 as tokens.
+"""
+
+import asyncio
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import llm_client
+
+
+@dataclass(frozen=True)
+class Args:
+    port: int = 8123
+    """port on 127.0.0.1; 0 takes a free one"""
+    latency: float = 0.1
+    """seconds before each answer"""
+
+
+def answer(request: dict) -> dict:
+    """A chat completion. Messages without a caption, such as the check before training, are answered "ready"."""
+    (reply,) = llm_client.RulesGuide().complete([request["messages"]], [0])
+    text = reply.text or "ready"
+    if reply.text and "response_format" in request:
+        pairs = json.loads(text)["sub_goals"].items()
+        text = json.dumps({"sub_goals": [{"name": name, "because": reasons} for name, reasons in pairs]})
+    elif "response_format" in request:
+        text = '{"sub_goals": [{"name": "sleep", "because": []}]}'
+    characters = sum(len(message["content"]) for message in request["messages"])
+    usage = {"prompt_tokens": characters // 4, "completion_tokens": len(text) // 4}
+    message = {"role": "assistant", "content": text}
+    return {"object": "chat.completion", "choices": [{"index": 0, "message": message}], "usage": usage}
+
+
+async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, latency: float) -> None:
+    """One connection: requests until the client closes it."""
+    try:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+            until = asyncio.get_running_loop().time() + latency
+            body = json.dumps(answer(json.loads(await reader.readexactly(length)))).encode()
+            await asyncio.sleep(until - asyncio.get_running_loop().time())
+            head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+            writer.write((head % len(body)).encode() + body)
+            await writer.drain()
+    except (asyncio.IncompleteReadError, ConnectionError):
+        pass  # it has gone
+    finally:
+        writer.close()
+
+
+async def main(args: Args) -> None:
+    server = await asyncio.start_server(lambda r, w: serve(r, w, args.latency), "127.0.0.1", args.port, backlog=1024)
+    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(tyro.cli(Args)))

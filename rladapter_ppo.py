@@ -22,6 +22,7 @@ import json
 import math
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,13 @@ import tyro
 from flax import nnx
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import embeddings
 import llm_client
 import rladapter_adapter
 import runs
 from envs import make_env
 from envs.scores import crafter_score
-from envs.vocabulary import BASIC_SUB_GOALS, FACTS, NUM_BASIC, SUB_GOALS, sub_goals_in_text
+from envs.vocabulary import BASIC_SUB_GOALS, FACTS, NUM_BASIC, SUB_GOAL_INDEX, SUB_GOALS, sub_goals_in_text
 
 Pytree = Any
 # 1e6 is how people write a budget; tyro's int refuses it
@@ -136,16 +138,58 @@ class Args:
     comprehension: Literal["cosine", "cosine-actions", "binary", "success", "none"] = "cosine"
     """how well guidance was understood: cosine of sub-goals reached and advised; cosine-actions: of action names, as
     in the paper; binary: was any reached; success: share of visits that reached one"""
-    adapter: str = "default"
-    """default: a tiny LM, trained at first start and cached; none: no adapter; else a model folder in HF format"""
+    adapter: str = "assets/adapter-tiny"
+    """a Llama, Qwen2 or Qwen3 folder in Hugging Face format, a hub id, or a folder of LoRA weights; none: no adapter"""
     sft_every: int = 4
-    """phases between two fine-tunings of the adapter on its better candidates; 0 never"""
-    llm: Literal["rules", "http", "random"] = "rules"
-    """the guide. rules: an offline stand-in that is no LLM; http: any OpenAI-compatible server; random: a control"""
+    """phases between two fine-tunings of the adapter; 0 never"""
+    sft_data: Literal["best", "all"] = "best"
+    """which of the latest 512 analyses it is tuned on. best: those that named advice which the guide took up and which
+    won its trial; all: every one, as in the paper"""
+    sft_epochs: int = 2
+    """epochs of a fine-tuning"""
+    sft_learning_rate: float = 2e-4
+    """of Adam in fine-tuning"""
+    lora_rank: int = 8
+    """rank of the LoRA weights that are fine-tuned"""
+    lora_alpha: float = 16.0
+    """their scale, times rank"""
+    lora_dropout: float = 0.0
+    """dropout before them in fine-tuning"""
+    lora_targets: tuple[str, ...] = rladapter_adapter.PROJECTIONS
+    """projections that have them"""
+    embed: str = "hash"
+    """embedding of the sub-goals' names. hash: no model; else a BERT's folder or Hugging Face hub id"""
+    llm: Literal["rules", "http", "random", "replay"] = "rules"
+    """the guide. rules: an offline stand-in that is no LLM; http: any OpenAI-compatible server; random: a control;
+    replay: what the guide of another run said"""
     llm_model: str = ""
     """model name for --llm http"""
     llm_base_url: str = "http://127.0.0.1:8000/v1"
     """address for --llm http; the key comes from OPENAI_API_KEY"""
+    llm_structured: Literal["auto", "json_schema", "text"] = "auto"
+    """ask for replies in a JSON schema: json_schema always, text never, auto until the server refuses or ignores it"""
+    llm_concurrency: int = 32
+    """requests to the server under way at a time"""
+    llm_timeout: float = 60.0
+    """seconds that the server may be silent; a call may take twice that with its retries"""
+    llm_deadline: float = 600.0
+    """seconds that all calls of one pause may take"""
+    llm_max_calls: int | None = None
+    """calls that the run may make, the check before training left out; then it goes on with the guidance it has"""
+    llm_max_cost: float | None = None
+    """money that the run may spend on calls, in the currency of the prices"""
+    llm_price_in: float = 0.0
+    """price of a million prompt tokens"""
+    llm_price_out: float = 0.0
+    """price of a million completion tokens"""
+    llm_cache: Path | None = None
+    """file of replies that are not asked for again; default llm.sqlite in $RLADAPTER_CACHE; none: no cache"""
+    llm_replay: Path | None = None
+    """folder of the run that --llm replay repeats"""
+    llm_async: bool = False
+    """ask while the device trains; answers are used one phase later"""
+    dry_run: bool = False
+    """print the prompts of one pause, and the calls, tokens and cost to expect, and stop"""
 
     @property
     def batch_size(self) -> int:
@@ -171,12 +215,18 @@ def check_args(args: Args) -> None:
         ("total_timesteps", 1, 10**15), ("num_envs", 1, 2**20), ("num_steps", 2, 2**20), ("num_minibatches", 1, 2**20),
         ("update_epochs", 1, 1000), ("hidden_size", 1, 2**16), ("guidance_rows", 1, 2**16), ("candidates", 1, 2),
         ("updates_per_phase", 1, 10**6), ("queries_per_phase", 0, 10**6), ("eval_episodes", 1, 10**7),
-        ("save_every", 1, 10**9), ("sft_every", 0, 10**9), ("seed", 0, 2**32 - 1),
+        ("save_every", 1, 10**9), ("sft_every", 0, 10**9), ("sft_epochs", 1, 10**6), ("seed", 0, 2**32 - 1),
+        ("sft_learning_rate", 0, 10),
         ("guidance_tolerance", 0, len(FACTS)),
         ("gamma", 0, 1), ("gae_lambda", 0, 1), ("learning_rate", 0, 10), ("clip_coef", 0, 10), ("ent_coef", 0, 10),
         ("vf_coef", 0, 100), ("max_grad_norm", 0, 10**6), ("bonus", 0, 100),
+        ("llm_concurrency", 1, 4096), ("llm_timeout", 0.01, 10**6), ("llm_deadline", 0.01, 10**6),
+        ("llm_max_calls", 0, 10**9), ("llm_max_cost", 0, 10**9), ("llm_price_in", 0, 10**6),
+        ("llm_price_out", 0, 10**6),
     ):  # fmt: skip
         value = getattr(args, name)
+        if value is None:
+            continue
         flag = "--guidance-bonus" if name == "bonus" else "--" + name.replace("_", "-")
         if not (math.isfinite(value) and low <= value <= high):
             raise ValueError(f"{flag}: {value} is out of range; choose {low} to {high}")
@@ -210,7 +260,7 @@ class GuidanceTable:
     valid: jax.Array  # (K,) bool, False for an empty row
     goals: jax.Array  # (K, S) bool, one-hot, the advised sub-goal
     show: jax.Array  # (K,) f32, probability that an env is given this advice (it is drawn once per env and phase)
-    names: jax.Array  # (S, 384) f32, embedding of each sub-goal
+    names: jax.Array  # (S, D) f32, embedding of each sub-goal
 
 
 @pytree
@@ -303,10 +353,10 @@ class Agent:
 
 
 def embed_advice(table: GuidanceTable, context: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """(B, S + P) bool -> the sum of the advised sub-goals' embeddings (S, 384), scaled to norm sqrt(384); the facts."""
+    """(B, S + P) bool -> the sum of the advised sub-goals' embeddings (S, D), scaled to norm sqrt(D); the facts."""
     advised, facts = context[:, : len(table.names)].astype(jnp.float32), context[:, len(table.names) :]
     norm = jnp.sqrt(jnp.maximum(((advised @ (table.names @ table.names.T)) * advised).sum(1, keepdims=True), 1e-12))
-    return [(advised * math.sqrt(NAME_SIZE) / norm, table.names), *embed_facts(table, facts)]
+    return [(advised * math.sqrt(table.names.shape[1]) / norm, table.names), *embed_facts(table, facts)]
 
 
 def embed_facts(table: GuidanceTable, context: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
@@ -324,15 +374,18 @@ CONTEXTS = {
     "none": lambda advised, facts: facts[:, :0],
 }
 EMBEDDINGS = {"full": embed_advice, "facts": embed_facts, "none": lambda table, context: []}
-NAME_SIZE = 384
-CONTEXT_SIZES = {"full": (NAME_SIZE, len(FACTS)), "facts": (len(FACTS),), "none": ()}
+
+
+def context_sizes(args: Args) -> tuple[int, ...]:
+    """D of each pair that EMBEDDINGS gives."""
+    names = (embeddings.make_embedding(args.embed).dim,) if args.guidance == "full" else ()
+    return names if args.guidance == "none" else (*names, len(FACTS))
 
 
 def make_agent(args: Args, env: Any, key: jax.Array) -> tuple[Agent, Pytree]:
     """The network, split into its static and its trained half."""
     num_features = jax.eval_shape(lambda k: env.features(env.observe(env.reset(k, 1))), key).shape[-1]
-    sizes = CONTEXT_SIZES[args.guidance]
-    network = ActorCritic(num_features, sizes, env.num_actions, args.hidden_size, nnx.Rngs(key))
+    network = ActorCritic(num_features, context_sizes(args), env.num_actions, args.hidden_size, nnx.Rngs(key))
     graphdef, params = nnx.split(network)
     return Agent(env, graphdef, args.guidance), params
 
@@ -372,6 +425,7 @@ MARGIN = 3.0  # standard errors by which the better one must lead: many are watc
 SAMPLES_PER_UPDATE = 256  # situations kept of each rollout, for the next pause to choose from
 OLD = 0.9  # what a visit of the phase before still counts: the policy it came from is gone
 MEMORY = 4096  # situations asked about that are remembered
+SAID = 512  # latest analyses that fine-tuning chooses from
 
 
 class Records:
@@ -386,6 +440,7 @@ class Records:
             "care": np.zeros((rows, len(FACTS)), bool),
             "valid": np.zeros(rows, bool),
             "goal": np.zeros(rows, np.int32),
+            "stamp": np.zeros(rows, np.int64),  # tells one piece of advice from the next one in the same row
             "times_asked": np.zeros(rows, np.int32),
             "visits": np.zeros((rows, 2), np.float64),  # from here on: sums for HIDDEN and SHOWN
             "steps": np.zeros((rows, 2), np.float64),
@@ -398,8 +453,9 @@ class Records:
             "asked": np.zeros((MEMORY, len(FACTS)), bool),
             "num_asked": np.zeros((), np.int64),
         }
-        self.prompts, self.analyses = [""] * rows, [""] * rows  # adapter's prompt and answer: what it is tuned on
-        self.names = llm_client.HashEmbedding(NAME_SIZE).encode(list(SUB_GOALS)).astype(np.float32)
+        # The latest answers: prompt, analysis, [sub-goal, row, stamp] of the advice that the guide then gave
+        self.said: list[tuple[str, str, list[list[int]]]] = []
+        self.names = embeddings.make_embedding(args.embed).encode(SUB_GOALS)
 
     def __getattr__(self, name: str) -> np.ndarray:
         try:
@@ -534,7 +590,7 @@ def comprehension_scores(args: Args, records: Records) -> np.ndarray:
         done, names = records.reached[:, SHOWN], records.names[:NUM_BASIC]
         if args.comprehension == "cosine-actions":
             done = records.actions[:, SHOWN]
-            names = llm_client.HashEmbedding(NAME_SIZE).encode(action_names(done.shape[1]))
+            names = embeddings.make_embedding(args.embed).encode(action_names(done.shape[1]))
         did, said = done @ names, records.names[records.goal]  # (K, D)
         norm = np.linalg.norm(did, axis=1) * np.linalg.norm(said, axis=1)
         score = reference_score((did * said).sum(1) / np.maximum(norm, 1e-9))
@@ -554,16 +610,22 @@ def action_names(num_actions: int) -> list[str]:
     return [action.name.lower().replace("_", " ") for action in Action][:num_actions]
 
 
-def refine_guidance(
-    args: Args, env: Any, phase: int, records: Records, queries: list[Query], adapter: Any, llm: Any, key: jax.Array
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Ask adapter and LLM about all queries in one batch, and write what they say into the records.
+@dataclass
+class Pause:
+    """One pause's questions, and the guide at work on them."""
 
-    A reply that can't be used leaves the table as it was.
+    queries: list[Query]
+    captions: list[str]
+    prompts: list[str]  # for the adapter
+    analyses: list[str]
+    messages: list[list[dict[str, str]]]
+    samples: list[int]
+    replies: Any  # () -> list[Reply], waits for them
+    seconds: float  # that asking took so far
 
-    Returns:
-        one log record per query; sums for the metrics
-    """
+
+def ask_guide(args: Args, env: Any, queries: list[Query], adapter: Any, llm: Any, key: jax.Array) -> Pause:
+    """Ask the adapter about all queries in one batch, and then the guide; with --llm-async without waiting for it."""
     start = time.perf_counter()
     captions = [env.to_text(query.obs) for query in queries]
     prompts = [
@@ -575,32 +637,79 @@ def refine_guidance(
         llm_client.build_messages(caption, query.sub_goals, analysis)
         for caption, query, analysis in zip(captions, queries, analyses, strict=True)
     ]
-    replies = llm.complete(messages, [query.times_asked for query in queries]) if queries else []
+    samples = [query.times_asked for query in queries]
+    replies = functools.partial(llm.complete, messages, samples) if queries else list
+    if args.llm_async:
+        replies = in_background(replies)
+    return Pause(queries, captions, prompts, analyses, messages, samples, replies, time.perf_counter() - start)
+
+
+def in_background(function: Any) -> Any:
+    """Start a function that does not raise in a thread; returns a function that waits for its result."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()), daemon=True)  # a second Ctrl-C need not wait
+    thread.start()
+
+    def wait() -> Any:
+        thread.join()
+        return results[0]
+
+    return wait
+
+
+def refine_guidance(
+    args: Args, env: Any, phase: int, records: Records, queries: list[Query], adapter: Any, llm: Any, key: jax.Array
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Ask adapter and LLM about all queries in one batch, and write what they say into the records."""
+    return store_answers(phase, records, ask_guide(args, env, queries, adapter, llm, key), llm)
+
+
+def store_answers(
+    phase: int, records: Records, pause: Pause, llm: Any
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Wait for the guide, and write what it says into the records. A reply that can't be used leaves them as they were.
+
+    Returns:
+        one log record per query; sums for the metrics
+    """
+    start = time.perf_counter()
+    replies = pause.replies()
+    waited = time.perf_counter() - start
     log = []
-    for query, caption, prompt, analysis, message, reply in zip(
-        queries, captions, prompts, analyses, messages, replies, strict=True
-    ):
+    for query, caption, prompt, analysis, message, sample, reply in zip(
+        pause.queries, pause.captions, pause.prompts, pause.analyses, pause.messages, pause.samples, replies,
+        strict=True,
+    ):  # fmt: skip
         rows, error = {}, reply.error
         try:
-            rows = {} if error else store_guidance(records, query, llm_client.parse_reply(reply.text), prompt, analysis)
+            rows = {} if error else store_guidance(records, query, llm_client.parse_reply(reply.text))
         except ValueError as problem:
             error = str(problem)
+        if analysis:
+            advice = [[goal, row, int(records.stamp[row])] for goal, row in rows.items()]
+            records.said = [*records.said, (prompt, analysis, advice)][-SAID:]
         log.append({
             "phase": phase, "key": literals(query.facts, query.facts), "rows": list(rows.values()), "caption": caption,
-            "adapter_prompt": prompt, "analysis": analysis, "messages": message, "model": llm.name, "reply": reply.text,
-            "sub_goals": [SUB_GOALS[goal] for goal in rows],
+            "adapter_prompt": prompt, "analysis": analysis, "messages": message, "sample": sample, "model": llm.name,
+            "reply": reply.text, "sub_goals": [SUB_GOALS[goal] for goal in rows],
             "because": [literals(records.care[row], records.keys[row]) for row in rows.values()],
-            "error": error, "cached": reply.cached, "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens, "seconds": reply.seconds,
+            "error": error, "skipped": reply.skipped, "cached": reply.cached, "calls": reply.calls,
+            "prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens, "cost": reply.cost,
+            "seconds": reply.seconds,
         })  # fmt: skip
-    failures = sum(bool(record["error"]) for record in log)
+    skipped, errors = sum(r.skipped for r in replies), sum(bool(record["error"]) for record in log)
     metrics = {
         "llm/calls": sum(r.calls for r in replies), "llm/cache_hits": sum(r.cached for r in replies),
-        "llm/prompt_tokens": sum(r.prompt_tokens for r in replies), "llm/failures": failures,
+        "llm/failures": errors - skipped, "llm/skipped": skipped,
+        "llm/prompt_tokens": sum(r.prompt_tokens for r in replies),
         "llm/completion_tokens": sum(r.completion_tokens for r in replies),
-        "llm/seconds": sum(r.seconds for r in replies),
-        "guidance/valid_replies": len(log) - failures, "time/guidance": time.perf_counter() - start,
+        "llm/cost": sum(r.cost for r in replies), "llm/seconds": sum(r.seconds for r in replies),
+        "guidance/valid_replies": len(log) - errors, "time/llm_wait": waited,
+        "time/guidance": pause.seconds + time.perf_counter() - start,
     }  # fmt: skip
+    if seconds := [r.seconds for r in replies if r.calls]:
+        quantiles = np.quantile(seconds, (0.5, 0.95, 1.0)).tolist()
+        metrics |= {f"llm/seconds_{name}": q for name, q in zip(("p50", "p95", "max"), quantiles, strict=True)}
     return log, metrics
 
 
@@ -609,9 +718,7 @@ def literals(care: np.ndarray, key: np.ndarray) -> list[str]:
     return [("" if key[i] else "not ") + FACTS[i] for i in np.flatnonzero(care)]
 
 
-def store_guidance(
-    records: Records, query: Query, guidance: llm_client.Guidance, prompt: str, analysis: str
-) -> dict[int, int]:
+def store_guidance(records: Records, query: Query, guidance: llm_client.Guidance) -> dict[int, int]:
     """Write each sub-goal of an answer into a row of its own, unless a row says so already; {sub-goal: row}."""
     rows: dict[int, int] = {}
     for goal, because in zip(guidance.sub_goals, guidance.because, strict=True):
@@ -629,27 +736,71 @@ def store_guidance(
         row = int(use.argmin())
         if row in taken:
             break  # a table smaller than this answer
+        stamp = records.stamp.max() + 1
         for name in records.arrays:
             if name not in ("asked", "num_asked"):
                 records.arrays[name][row] = 0
         records.obs[row], records.keys[row], records.care[row] = query.obs, query.facts, care
-        records.valid[row], records.goal[row] = True, goal
-        records.prompts[row], records.analyses[row] = prompt, analysis
+        records.valid[row], records.goal[row], records.stamp[row] = True, goal, stamp
         rows[goal] = row
     records.remember(query.facts)
     return rows
 
 
-def finetune(records: Records, adapter: Any, key: jax.Array) -> dict[str, float]:
-    """Tune the adapter on the analyses that named a sub-goal which the guide took up and which proved its worth."""
+def finetune(args: Args, records: Records, adapter: Any, key: jax.Array) -> dict[str, float]:
+    """Tune the adapter on what RL found out (`--sft-data`)."""
     start = time.perf_counter()
-    examples = {
-        (records.prompts[row], records.analyses[row])
-        for row in np.flatnonzero(records.valid & (records.lead() > MARGIN))
-        if records.goal[row] in sub_goals_in_text(records.analyses[row])
-    }
-    tuned = adapter.finetune(sorted(examples), key) if examples else {}
+    won = {int(records.stamp[row]) for row in np.flatnonzero(records.valid & (records.lead() > MARGIN))}
+    examples = choose_examples(args.sft_data, records.said, won)
+    tuned = adapter.finetune(examples, key, args.sft_epochs, args.sft_learning_rate) if examples else {}
+    tuned |= {"cut_prompts": adapter.cut_prompts}
     return {"time/sft": time.perf_counter() - start} | {f"adapter/{name}": value for name, value in tuned.items()}
+
+
+def choose_examples(
+    sft_data: str, said: list[tuple[str, str, list[list[int]]]], won: set[int]
+) -> list[tuple[str, str]]:
+    """(prompt, analysis) pairs to train on. best: where the guide took up a sub-goal that the analysis named, and that
+    advice has proved its worth (its stamp is in `won`); all: every one, as the reference does."""
+    chosen = set()
+    for prompt, analysis, advice in said:
+        named = sub_goals_in_text(analysis)
+        if sft_data == "all" or any(goal in named and stamp in won for goal, _, stamp in advice):
+            chosen.add((prompt, analysis))
+    return sorted(chosen)
+
+
+def examples_of_run(folder: Path, sft_data: str = "best") -> list[tuple[str, str]]:
+    """What `finetune` would train on after a run's last phase, from its guidance.jsonl and outcomes.jsonl alone."""
+    guidance, outcomes = (runs.read_log(folder, f"{name}.jsonl") for name in ("guidance", "outcomes"))
+    said: list[tuple[str, str, list[list[int]]]] = []
+    rows: dict[int, dict[str, Any]] = {}
+    later = runs.read_config(folder)["flags"]["llm_async"]  # answers serve from the next phase on
+
+    def read_answers(phase: int) -> None:
+        for line in (line for line in guidance if line["phase"] == phase):
+            for row, goal, because in zip(line["rows"], line["sub_goals"], line["because"], strict=True):
+                if row not in rows or (rows[row]["goal"], rows[row]["because"]) != (goal, because):
+                    stamp = 1 + max((row["stamp"] for row in rows.values()), default=0)
+                    rows[row] = {"goal": goal, "because": because, "stamp": stamp, "evidence": np.zeros(2)}
+            advice = [[SUB_GOAL_INDEX[rows[row]["goal"]], row, rows[row]["stamp"]] for row in line["rows"]]
+            said.extend([(line["adapter_prompt"], line["analysis"], advice)] if line["analysis"] else [])
+
+    def read_outcomes(phase: int) -> None:
+        sums = {name: np.zeros((1 + max(rows, default=0), 2)) for name in ("visits", "returns", "squares")}
+        for line in (line for line in outcomes if line["phase"] == phase):
+            at, mean = (line["row"], line["candidate"]), line["return_mean"]
+            sums["visits"][at], sums["returns"][at] = line["visits"], line["visits"] * mean
+            sums["squares"][at] = line["visits"] * (line["return_variance"] + mean**2)
+        evidence = phase_evidence(sums)
+        for row, advice in rows.items():
+            advice["evidence"] = OLD * advice["evidence"] + evidence[row]
+
+    for phase in range(1 + max((line["phase"] for line in guidance), default=-1)):
+        for read in (read_outcomes, read_answers) if later else (read_answers, read_outcomes):
+            read(phase)
+    won = {r["stamp"] for r in rows.values() if r["evidence"][0] > MARGIN * np.sqrt(max(r["evidence"][1], 1e-9))}
+    return choose_examples(sft_data, said[-SAID:], won)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -998,38 +1149,60 @@ def evaluate(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def make_adapter(args: Args, progress: Any) -> Any:
-    """The adapter of --adapter; the default one is trained first if this machine has none yet."""
+def make_adapter(args: Args) -> Any:
+    """The adapter of --adapter. Raises ValueError, one line, for what is no model."""
     if args.adapter == "none" or args.guidance != "full":
         return rladapter_adapter.NoAdapter()
-    if args.adapter != "default":
-        return rladapter_adapter.load_adapter(args.adapter, seed=args.seed)
-    folder = rladapter_adapter.default_adapter_folder()
-    if not (folder / "config.json").exists():
-        progress.console.print(f"First start: training the default adapter, once, into {folder}")
-        env = make_env("Craftax-Classic-Symbolic-v1", 64)
-        captions = [env.to_text(obs) for obs in np.asarray(env.random_observations(jax.random.key(0), 3000))]
-        task = progress.add_task("default adapter", total=None, status="")
-
-        def show(step: int, total: int, loss: float) -> None:
-            progress.update(task, completed=step, total=total, status=f"loss {loss:.2f}")
-
-        try:
-            rladapter_adapter.train_default_adapter(captions, folder, progress=show)
-        except OSError as error:
-            raise ValueError(
-                f"--adapter: can't write the default adapter to {folder} ({error.strerror}); "
-                "set RLADAPTER_CACHE to another folder, or use --adapter none"
-            ) from None
-        progress.remove_task(task)
-    return rladapter_adapter.load_adapter(folder, seed=args.seed)
+    try:
+        lora = rladapter_adapter.LoraConfig(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+    except ValueError as error:
+        raise ValueError(f"--lora-rank, --lora-alpha, --lora-dropout, --lora-targets: {error}") from None
+    try:
+        return rladapter_adapter.load_adapter(args.adapter, lora, args.seed)
+    except ValueError as error:
+        raise ValueError(f"--adapter: {error}; or use --adapter none") from None
 
 
 def make_llm(args: Args) -> Any:
-    llm = llm_client.make_llm(args.llm, model=args.llm_model, base_url=args.llm_base_url, seed=args.seed)
+    llm = llm_client.make_llm(
+        args.llm, model=args.llm_model, base_url=args.llm_base_url, seed=args.seed, replay_run=args.llm_replay,
+        cache=args.llm_cache or runs.cache_folder() / "llm.sqlite",
+        max_calls=args.llm_max_calls, max_cost=args.llm_max_cost, price_in=args.llm_price_in,
+        price_out=args.llm_price_out, structured=args.llm_structured, concurrency=args.llm_concurrency,
+        timeout=args.llm_timeout, deadline=args.llm_deadline,
+    )  # fmt: skip
     if args.guidance == "full":
         llm.check()
     return llm
+
+
+LLM_TOTALS = (
+    "llm_calls", "llm_cache_hits", "llm_failures", "llm_skipped", "llm_prompt_tokens", "llm_completion_tokens",
+    "llm_cost",
+)  # fmt: skip
+
+
+def dry_run(args: Args) -> None:
+    """Print what one pause would ask, about random situations, and what the whole run would at most take."""
+    env, adapter = make_env(args.env_id, args.num_envs), make_adapter(args)
+    budget = llm_client.Budget(args.llm_max_calls, args.llm_max_cost, args.llm_price_in, args.llm_price_out)
+    obs = np.asarray(env.random_observations(jax.random.key(args.seed), SAMPLES_PER_UPDATE))
+    records = Records(args, env.num_actions, obs.shape[1:])
+    queries = select_queries(args, records, obs, np.asarray(env_facts(env, obs))) if args.guidance == "full" else []
+    pause = ask_guide(args, env, queries, adapter, llm_client.OfflineGuide(), jax.random.key(args.seed))
+    for i, (prompt, messages) in enumerate(zip(pause.prompts, pause.messages, strict=True)):
+        print(f"==== query {i}: adapter prompt\n{prompt}")
+        for message in messages[i > 0 :]:  # the system message is the same in all of them
+            print(f"---- {message['role']}\n{message['content']}")
+    pauses = 1 + -(-(args.num_updates - 1) // args.updates_per_phase)
+    calls = pauses * args.queries_per_phase if args.guidance == "full" else 0
+    calls = calls if args.llm_max_calls is None else min(calls, args.llm_max_calls)
+    each = max((llm_client.estimate_tokens(messages) for messages in pause.messages), default=0)
+    cost = budget.price(calls * each, calls * llm_client.MAX_TOKENS)
+    print(
+        f"==== at most {calls} calls in {pauses} pauses, without repairs; about {calls * each} prompt tokens, at most "
+        f"{calls * llm_client.MAX_TOKENS} completion tokens; cost {cost:.2f} (--llm-price-in, --llm-price-out)"
+    )
 
 
 class Counters:
@@ -1037,8 +1210,8 @@ class Counters:
 
     def __init__(self, **values: float):
         self.values = {
-            "global_step": 0, "llm_calls": 0, "llm_failures": 0, "wall_seconds": 0.0, "compile_seconds": 0.0,
-            "episodes": 0.0, "achievements": [],
+            "global_step": 0, "wall_seconds": 0.0, "compile_seconds": 0.0, "episodes": 0.0, "achievements": [],
+            "llm_queries": 0, **dict.fromkeys(LLM_TOTALS, 0),
         } | values  # fmt: skip
 
     def __getitem__(self, name: str) -> Any:
@@ -1151,20 +1324,20 @@ class Session:
     checkpoints: runs.Checkpoints
     counters: Counters
     phase: int  # the next one
-    setup_seconds: float  # reset, the adapter's first training: no part of SPS
+    setup_seconds: float  # loading, reset: no part of SPS
 
     @property
     def finished(self) -> bool:
         return self.counters["global_step"] >= self.args.num_updates * self.args.batch_size
 
 
-def prepare(args: Args, folder: Path, resume: bool, argv: list[str], progress: Any) -> Session:
+def prepare(args: Args, folder: Path, resume: bool, argv: list[str]) -> Session:
     """Check everything, then make or read the run folder. Raises ValueError, one line, for what can't work."""
     start = time.perf_counter()
     env = make_env(args.env_id, args.num_envs)
     if not resume:
         runs.check_free(folder)
-    llm, adapter = make_llm(args), make_adapter(args, progress)
+    llm, adapter = make_llm(args), make_adapter(args)
     key_agent, key_runner = jax.random.split(jax.random.key(args.seed))
     agent, params = make_agent(args, env, key_agent)
     runner = jax.jit(init_runner, static_argnums=(0, 1))(args, agent, params, key_runner)
@@ -1191,7 +1364,7 @@ def checkpoint_arrays(session: Session) -> dict[str, Any]:
 
 def save_checkpoint(session: Session, phase: int) -> None:
     records = session.records
-    extra = {"counters": session.counters.values, "prompts": records.prompts, "analyses": records.analyses}
+    extra = {"counters": session.counters.values, "said": records.said}
     session.checkpoints.save(phase, checkpoint_arrays(session), extra)
 
 
@@ -1199,9 +1372,15 @@ def load_checkpoint(session: Session) -> None:
     phase, saved, extra = session.checkpoints.restore(checkpoint_arrays(session))
     session.runner, session.samples = saved["runner"], np.array(saved["samples"])
     session.records.arrays = {name: np.array(value) for name, value in saved["records"].items()}
-    session.records.prompts, session.records.analyses = extra["prompts"], extra["analyses"]
+    session.records.said = [tuple(said) for said in extra["said"]]
     session.adapter.load_state(saved["adapter"])
     session.counters, session.phase = Counters(**extra["counters"]), phase + 1
+    lost = [a for a in runs.read_log(session.folder, "guidance.jsonl") if a["phase"] >= session.phase]
+    if session.args.llm == "http":  # these phases are trained anew, but their calls were made and paid for
+        for name in ("calls", "cost", "prompt_tokens", "completion_tokens"):
+            session.counters.add(**{f"llm_{name}": sum(answer[name] for answer in lost)})
+    totals = session.counters
+    session.llm.resume(totals["llm_queries"], totals["llm_calls"], totals["llm_cost"])
     runs.cut_logs(session.folder, session.phase)
 
 
@@ -1213,8 +1392,9 @@ def run_phase(session: Session, train_compiled: Any, log: runs.Log) -> dict[str,
     queries = []
     if args.guidance == "full":
         queries = select_queries(args, records, session.samples, np.asarray(env_facts(env, session.samples)))
-    answers, asked = refine_guidance(args, env, phase, records, queries, session.adapter, session.llm, key)
-    log.append("guidance.jsonl", [{"global_step": counters["global_step"]} | answer for answer in answers])
+    pause = ask_guide(args, env, queries, session.adapter, session.llm, key)
+    if not args.llm_async:
+        asked = use_answers(session, pause, log)
 
     num_updates = args.updates_in_phase(phase, counters["global_step"] // args.batch_size)
     train_start = time.perf_counter()
@@ -1227,18 +1407,41 @@ def run_phase(session: Session, train_compiled: Any, log: runs.Log) -> dict[str,
     log.append("outcomes.jsonl", outcome_records(phase, records, scores, outcomes) if outcomes else [])
 
     due = args.sft_every and (phase + 1) % args.sft_every == 0
-    tuned = finetune(records, session.adapter, jax.random.fold_in(key, 1)) if due else {}
+    tuned = finetune(args, records, session.adapter, jax.random.fold_in(key, 1)) if due else {}
+    # Asynchronous answers come in here, at the end of the phase in which they were asked for, and serve the next one.
+    # So nothing is under way when a checkpoint is written, and a resumed run has the same answers at the same time.
+    if args.llm_async:
+        asked = use_answers(session, pause, log)
     metrics = phase_metrics(args, session.agent, counters, sums, num_updates)
     metrics |= guidance_metrics(records, scores) | asked | tuned | {"time/train": train_seconds}
-    counters.add(llm_calls=asked["llm/calls"], llm_failures=asked["llm/failures"])
     counters.add(wall_seconds=time.perf_counter() - start)
     session.phase += 1
     return {"phase": phase, "global_step": counters["global_step"], "charts/SPS": counters.steps_per_second} | metrics
 
 
+def use_answers(session: Session, pause: Pause, log: runs.Log) -> dict[str, float]:
+    """Wait for the guide, put its answers into the records, the log and the totals. Returns the metrics."""
+    counters, step = session.counters, session.counters["global_step"]
+    answers, asked = store_answers(session.phase, session.records, pause, session.llm)
+    log.append("guidance.jsonl", [{"global_step": step} | answer for answer in answers])
+    counters.add(llm_queries=len(answers))
+    counters.add(**{name: asked[name.replace("_", "/", 1)] for name in LLM_TOTALS})
+    return asked
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def env_facts(env: Any, obs: jax.Array) -> jax.Array:
     return env.facts(obs)
+
+
+def warm_up_adapter(session: Session) -> float:
+    """Let the adapter compile what it will need; the seconds that took."""
+    start, args = time.perf_counter(), session.args
+    captions = [session.agent.env.to_text(obs) for obs in session.samples[: args.queries_per_phase]]
+    for times in (1, 2):  # captions of fresh games are short, later ones are about twice as long
+        prompts = [rladapter_adapter.adapter_prompt(caption * times, [], None) for caption in captions]
+        session.adapter.warm_up(prompts, fine_tuning=args.sft_every > 0)
+    return time.perf_counter() - start
 
 
 def train(session: Session, progress: Any) -> dict[str, Any] | None:
@@ -1248,14 +1451,7 @@ def train(session: Session, progress: Any) -> dict[str, Any] | None:
     stop = StopRequest(progress.console)
     values = args, session.agent, session.runner, session.records.table(), jnp.int32(1)
     train_compiled, compile_seconds = ahead_of_time(args, train_phase, *values)
-    if args.guidance == "full":
-        start = time.perf_counter()
-        texts = [
-            rladapter_adapter.adapter_prompt(session.agent.env.to_text(obs), [], None)
-            for obs in session.samples[: args.queries_per_phase]
-        ]
-        session.adapter.warm_up(texts, fine_tuning=args.sft_every > 0)
-        compile_seconds += time.perf_counter() - start
+    compile_seconds += warm_up_adapter(session)
     counters.add(compile_seconds=compile_seconds, wall_seconds=compile_seconds)
     progress.console.print(
         f"compiled in {compile_seconds:.1f} s; {args.num_updates} updates, a pause every {args.updates_per_phase}"
@@ -1268,6 +1464,11 @@ def train(session: Session, progress: Any) -> dict[str, Any] | None:
         progress.update(task, completed=counters["global_step"], status=status_line(metrics, counters))
         if stop.asked or session.finished or session.phase % args.save_every == 0:
             save_checkpoint(session, session.phase - 1)
+    if args.sft_every:
+        try:
+            session.adapter.save(session.folder / "adapter")
+        except OSError as error:
+            print(f"warning: can't write {session.folder / 'adapter'} ({error.strerror})", file=sys.stderr)
     session.checkpoints.close()
     session.llm.close()
     log.close()
@@ -1298,17 +1499,20 @@ def summarise(args: Args, counters: Counters, result: dict[str, Any]) -> dict[st
         "score_all_episodes": crafter_score(unlocked / counters["episodes"]) if counters["episodes"] else None,
         "SPS": counters.steps_per_second,
         "wall_seconds": counters["wall_seconds"], "compile_seconds": counters["compile_seconds"],
-        "llm_calls": counters["llm_calls"], "llm_failures": counters["llm_failures"],
+        **{name: counters[name] for name in LLM_TOTALS},
         "seed": args.seed, "env_id": args.env_id, "guidance": args.guidance, "guidance_lookup": args.guidance_lookup,
         "guidance_bonus": args.bonus, "llm": args.llm if args.guidance == "full" else "none",
-        "llm_model": args.llm_model,
+        "llm_model": args.llm_model, "llm_async": args.llm_async, "embed": args.embed,
         "adapter": args.adapter if args.guidance == "full" else "none", "candidates": args.candidates,
-        "sft_every": args.sft_every, "comprehension": args.comprehension,
+        "sft_every": args.sft_every, "sft_data": args.sft_data, "comprehension": args.comprehension,
     }  # fmt: skip
 
 
 def flags(args: Args) -> dict[str, Any]:
-    return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(args).items()}
+    """As in config.json."""
+    plain = {Path: str, tuple: list}
+    values = dataclasses.asdict(args)
+    return {name: next((f(v) for kind, f in plain.items() if isinstance(v, kind)), v) for name, v in values.items()}
 
 
 def resumed_args(args: Args, argv: list[str]) -> Args:
@@ -1320,7 +1524,9 @@ def resumed_args(args: Args, argv: list[str]) -> Args:
         raise ValueError(
             f"--resume: {args.resume} was made by another version of this script (flags that differ: {odd})"
         )
-    base = Args(**saved | {name: saved[name] and Path(saved[name]) for name in ("run_dir", "resume")})
+    paths = ("run_dir", "resume", "llm_cache", "llm_replay")
+    paths = {name: saved[name] and Path(saved[name]) for name in paths}
+    base = Args(**saved | paths | {"lora_targets": tuple(saved["lora_targets"])})
     given = tyro.cli(Args, args=argv, default=base)
     changed = [
         name for name in names - {"resume", "total_timesteps", "run_dir"} if getattr(given, name) != getattr(base, name)
@@ -1336,8 +1542,7 @@ def resumed_args(args: Args, argv: list[str]) -> Args:
 def configure_jax(args: Args) -> None:
     jax.config.update("jax_debug_nans", args.debug_nans)
     jax.config.update("jax_disable_jit", not args.jit)
-    cache = rladapter_adapter.default_adapter_folder().parent / "jax"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_compilation_cache_dir", str(runs.cache_folder() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
@@ -1354,8 +1559,11 @@ def main(argv: list[str] | None = None) -> int:
                 args = resumed_args(args, argv) if resume else args
                 check_args(args)
                 configure_jax(args)
+                if args.dry_run:
+                    dry_run(args)
+                    return 0
                 folder = resume or args.run_dir or runs.default_folder(args.env_id, args.exp_name, args.seed)
-                session = prepare(args, folder, resume is not None, argv, progress)
+                session = prepare(args, folder, resume is not None, argv)
             except ValueError as problem:
                 error = problem
             else:

@@ -1,6 +1,7 @@
 """Run folders: create one, log to it, checkpoint it, resume it, reload what it trained.
 
     config.json  metrics.jsonl  guidance.jsonl  outcomes.jsonl  summary.json  checkpoints/  events.out.* (TensorBoard)
+    adapter/  (the fine-tuned LoRA weights)
 
 Every line of a .jsonl file carries the phase it was written in, so that a resumed run can cut them back to its
 checkpoint. Errors are ValueError with one line that says what to do; once training is under way nothing in here stops
@@ -192,22 +193,34 @@ def clean_line(text: str) -> str:
     return " ".join(text.split())[:200]
 
 
+def read_log(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The whole lines of a log: one may be cut off."""
+    records = []
+    for line in (folder / name).read_text().splitlines() if (folder / name).exists() else ():
+        try:
+            record = json.loads(line)
+            record["phase"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        records.append(record)
+    return records
+
+
 def cut_logs(folder: Path, phase: int) -> None:
     """Drop what was logged in this phase or later, or was cut off in the middle of a line."""
     for name in LOGS:
         path = folder / name
         if not path.exists():
             continue
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["phase"] < phase:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue
+        kept = [json.dumps(record) + "\n" for record in read_log(folder, name) if record["phase"] < phase]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(kept))
         temporary.replace(path)
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept between runs: $RLADAPTER_CACHE or ~/.cache/rladapter."""
+    return Path(os.environ.get("RLADAPTER_CACHE") or "~/.cache/rladapter").expanduser()
 
 
 def default_folder(env_id: str, exp_name: str, seed: int) -> Path:

@@ -1,14 +1,18 @@
 """Shared by all tests: a compilation cache, strict rank promotion, small default settings."""
 
+import importlib.util
+import multiprocessing
 import os
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jax
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "rladapter-tests-jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 os.environ.pop("OPENAI_API_KEY", None)
@@ -19,3 +23,14 @@ def quiet_terminal(monkeypatch):
     """Messages are compared as text: no colours, no wrapping at the terminal's width."""
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.fixture(scope="session")
+def by_torch():
+    """by_torch(function, *args): the value of one of torch_reference's functions, from a process that may load torch.
+
+    Training never does (`rladapter_adapter.import_transformers`): XLA has crashed beside it."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result()

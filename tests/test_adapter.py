@@ -2,15 +2,22 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import make_adapter_tiny as tiny
 import numpy as np
 import pytest
 
 import rladapter_adapter as ra
 from envs.vocabulary import BASIC_SUB_GOALS, SUB_GOALS, sub_goals_in_text
+
+ROOT = Path(__file__).parents[1]
 
 CAPTION = (
     "You see: tree (2 north), water (1 south, 3 west), cow (1 north, 4 east), zombie (1 east).\nFacing: grass.\n"
@@ -46,12 +53,12 @@ def folder(tmp_path_factory):
     """A random model with weights large enough for attention to matter, and a tokenizer trained on three captions."""
     path = tmp_path_factory.mktemp("model") / "small"
     rng = np.random.default_rng(0)
-    texts = [" ".join(pair) for caption in (CAPTION, BARE, WORKSHOP) for pair in ra.made_up_examples(rng, caption, 3)]
-    tokenizer = ra.train_tokenizer(texts)
+    texts = [" ".join(pair) for caption in (CAPTION, BARE, WORKSHOP) for pair in tiny.made_up_examples(rng, caption, 3)]
+    tokenizer = tiny.train_tokenizer(texts)
     config = dataclasses.replace(SMALL, vocab_size=len(tokenizer))
     params = {k: v if "norm" in k else 2 * v for k, v in ra.init_params(config, jax.random.key(0)).items()}
     params["norm"] = params["norm"] + 0.3 * jax.random.normal(jax.random.key(1), params["norm"].shape)
-    ra.write_folder(path, config, params, tokenizer)
+    tiny.write_folder(path, config, params, tokenizer)
     return path
 
 
@@ -181,7 +188,7 @@ def raw_generate(adapter, prompts, num=10, temperature=0.0, key=0, eos=(1,)):
     tokens, starts = ra.left_pad(prompts)
     rows = np.arange(len(tokens))
     out = ra.generate(
-        adapter.graphdef, adapter.base, adapter.lora, tokens, starts, rows < len(prompts), rows,
+        adapter.graphdef, adapter.base, adapter.lora, None, tokens, starts, rows < len(prompts), rows,
         jnp.asarray(eos, jnp.int32), jax.random.key(key), jnp.float32(temperature), num,
     )  # fmt: skip
     return np.asarray(out)[: len(prompts)]
@@ -253,7 +260,7 @@ def test_loss_ignores_prompt_targets(adapter):
     """The loss is the mean over response tokens alone, and the last prompt token predicts the first of them."""
     prompt, response = some_tokens(adapter, 6).tolist(), some_tokens(adapter, 4, seed=1).tolist()
     batch = ra.pack([[(prompt, response)]], 16)
-    total, count = ra.measure(adapter.graphdef, adapter.base, adapter.lora, batch)
+    total, count = ra.measure_nll(adapter.graphdef, adapter.base, adapter.lora, batch)
     log_p = jax.nn.log_softmax(logits_of(adapter, [prompt + response])[0])
     by_hand = -np.mean([log_p[5 + i, token] for i, token in enumerate(response)])
     np.testing.assert_allclose(total / count, by_hand, rtol=1e-5)
@@ -296,7 +303,7 @@ def test_an_infinite_step_keeps_the_last_good_weights(adapter):
 def test_fresh_lora_equals_the_base(adapter):
     tokens = some_tokens(adapter, 8)[None]
     adapted = logits_of(adapter, tokens)
-    plain = ra.Adapter(adapter.config, adapter.base["params"], {}, 1.0, adapter.tokenizer, adapter.eos)
+    plain = ra.Adapter(adapter.config, adapter.base["params"], {}, adapter.tokenizer, adapter.eos)
     np.testing.assert_array_equal(adapted, logits_of(plain, tokens))
     assert np.abs(logits_of(with_random_b(adapter), tokens) - adapted).max() > 1e-3
 
@@ -310,9 +317,9 @@ def test_state_round_trip(folder, adapter):
     np.testing.assert_array_equal(logits_of(adapter, tokens), logits_of(other, tokens))
     results = [a.finetune(TOYS, jax.random.key(2), epochs=1, learning_rate=1e-3) for a in (adapter, other)]
     assert results[0] == results[1]  # the optimizer came along
-    with pytest.raises(ValueError, match="--adapter"):
-        ra.load_adapter(folder, lora_rank=4).load_state(saved)
-    with pytest.raises(ValueError, match="--adapter"):
+    with pytest.raises(ValueError, match="do not fit"):
+        ra.load_adapter(folder, ra.LoraConfig(rank=4)).load_state(saved)
+    with pytest.raises(ValueError, match="do not fit"):
         adapter.load_state({})
 
 
@@ -324,10 +331,10 @@ def test_save_and_load_give_equal_logits(folder, tmp_path, tied):
     first = ra.load_adapter(folder)
     config = dataclasses.replace(first.config, tie_word_embeddings=tied)
     params = {name: first.base["params"][name] for name in ra.param_shapes(config)}
-    ra.write_folder(tmp_path / "copy", config, params, first.tokenizer)
+    tiny.write_folder(tmp_path / "copy", config, params, first.tokenizer)
     second = ra.load_adapter(tmp_path / "copy")
     assert second.config == config and second.eos == first.eos
-    original = ra.Adapter(config, params, {}, 1.0, first.tokenizer, first.eos)
+    original = ra.Adapter(config, params, {}, first.tokenizer, first.eos)
     tokens = some_tokens(first, 10)[None]
     np.testing.assert_array_equal(logits_of(original, tokens), logits_of(second, tokens))
     prompt = ra.adapter_prompt(CAPTION, [3], 0.5)
@@ -353,18 +360,20 @@ def edit_tensors(path, edit):
     [
         (lambda p: shutil.rmtree(p), "no folder"),
         (lambda p: (p / "config.json").unlink(), "no config.json"),
-        (lambda p: (p / "tokenizer.json").unlink(), "no tokenizer.json"),
+        (lambda p: (p / "tokenizer.json").unlink(), "cannot use"),
         (lambda p: (p / "config.json").write_text("{"), "cannot use"),
         (lambda p: (p / "tokenizer.json").write_text("{}"), "cannot use"),
         (lambda p: (p / "model.safetensors").write_bytes(b"\0" * 99), "cannot use"),
+        (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-999]), "cannot use"),
+        (lambda p: (p / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda p: edit_config(p, model_type="gpt2"), "gpt2"),
         (lambda p: edit_config(p, model_type="no such thing"), "cannot use"),
         (lambda p: edit_config(p, hidden_act="gelu"), "silu"),
         (lambda p: edit_config(p, rope_parameters={"rope_type": "linear", "factor": 2.0}), "rope_type"),
-        (lambda p: edit_config(p, intermediate_size=64), "does not fit"),
-        (lambda p: edit_config(p, vocab_size=10), "does not fit"),
-        (lambda p: edit_tensors(p, lambda t: t.pop("model.norm.weight")), "lacks 1 tensors, such as model.norm.weight"),
-        (lambda p: edit_tensors(p, lambda t: t.update(extra=np.ones(2))), "unknown 1 tensors, such as extra"),
+        (lambda p: edit_config(p, intermediate_size=64), "as config.json says"),
+        (lambda p: edit_config(p, vocab_size=10), "as config.json says"),
+        (lambda p: edit_tensors(p, lambda t: t.pop("model.norm.weight")), "lack 1 tensors, such as model.norm.weight"),
+        (lambda p: edit_tensors(p, lambda t: t.update(extra=np.ones(2))), "unknown tensor, extra"),
     ],
 )
 def test_a_damaged_folder_is_one_clear_line(folder, tmp_path, damage, words):
@@ -372,7 +381,7 @@ def test_a_damaged_folder_is_one_clear_line(folder, tmp_path, damage, words):
     damage(path)
     with pytest.raises(ValueError, match=words) as error:
         ra.load_adapter(path)
-    assert str(error.value).startswith("--adapter") and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_harmless_extra_tensors_are_ignored(folder, tmp_path):
@@ -393,19 +402,19 @@ def test_prompt_says_what_is_known():
 
 
 def test_possible_sub_goals_need_their_things():
-    assert set(ra.NEEDS) == set(BASIC_SUB_GOALS)
-    assert ra.possible_sub_goals(BARE) == ["sleep"]
+    assert set(tiny.NEEDS) == set(BASIC_SUB_GOALS)
+    assert tiny.possible_sub_goals(BARE) == ["sleep"]
     expected = "chop tree, place crafting table, attack cow, chop grass, drink water, place plant, attack zombie, sleep"
-    assert ra.possible_sub_goals(CAPTION) == expected.split(", ")
+    assert tiny.possible_sub_goals(CAPTION) == expected.split(", ")
 
 
 @pytest.mark.parametrize("caption", [CAPTION, BARE, WORKSHOP])
 def test_analyses_name_only_what_the_caption_mentions(caption):
     rng = np.random.default_rng(0)
-    possible, named, texts = set(ra.possible_sub_goals(caption)), set(), set()
+    possible, named, texts = set(tiny.possible_sub_goals(caption)), set(), set()
     for _ in range(500):
         last = rng.choice(len(SUB_GOALS), rng.integers(0, 4), replace=False).tolist()
-        text = ra.write_analysis(rng, caption, last, None if rng.random() < 0.2 else rng.random())
+        text = tiny.write_analysis(rng, caption, last, None if rng.random() < 0.2 else rng.random())
         goals = {BASIC_SUB_GOALS[i] for i in sub_goals_in_text(text)}
         assert goals and goals <= possible, text
         named |= goals
@@ -415,41 +424,58 @@ def test_analyses_name_only_what_the_caption_mentions(caption):
 
 
 def test_analyses_state_facts_of_the_caption_and_follow_the_score():
-    pressing, others = ra.true_statements(CAPTION)
-    assert pressing == ["It is down to drink 3.", "A zombie is near (1 east)."]
-    assert "It sees a tree (2 north)." in others and "It holds 3 wood." in others and "It has no stone." in others
-    pressing, others = ra.true_statements(BARE)
-    assert pressing == ["It is down to health 2.", "It is dark.", "It is asleep."] and others[0] == "It is enclosed."
+    pressing, others = tiny.true_statements(CAPTION)
+    assert pressing == ["It is low on drink.", "Its drink is low.", "A zombie is near."]
+    assert "It sees a tree." in others and "There is water in view." in others and "It holds wood." in others
+    assert "It has a wood pickaxe." in others and "It has no stone." in others
+    pressing, others = tiny.true_statements(BARE)
+    assert pressing[1:] == ["Its health is low.", "It is dark.", "The player is asleep."]
+    assert others[0] == "The player is enclosed."
     for score, kind in ((0.9, "good"), (0.5, "fair"), (0.1, "poor"), (None, "unknown")):
-        text = ra.write_analysis(np.random.default_rng(0), CAPTION, [4], score)
-        assert any(text.startswith(start.format(last="drinking water")) for start in ra.UNDERSTOOD[kind])
+        text = tiny.write_analysis(np.random.default_rng(0), CAPTION, [4], score)
+        assert any(text.startswith(start.format(last="drinking water")) for start in tiny.UNDERSTOOD[kind])
 
 
-def test_default_adapter_is_trained_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("RLADAPTER_CACHE", str(tmp_path))
-    monkeypatch.setattr(ra, "PRETRAIN_ROWS", 2)
-    path = ra.default_adapter_folder()
-    assert path.parent == tmp_path
+def test_the_tiny_adapter_is_made_by_its_script(tmp_path, monkeypatch):
+    """A few steps of the real thing: same seed, same weights; the loss falls; a Hugging Face folder comes out."""
+    monkeypatch.setattr(tiny, "ROWS", 2)
     losses = []
-    ra.train_default_adapter([CAPTION, BARE], path, 0, lambda *report: losses.append(report), steps=4)
-    assert losses[-1][:2] == (4, 4) and losses[-1][2] < losses[0][2]
-    stamp = (path / "model.safetensors").stat().st_mtime_ns
-    ra.train_default_adapter([CAPTION, BARE], path, 1, steps=4)  # whoever wrote it first, won
-    assert (path / "model.safetensors").stat().st_mtime_ns == stamp
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # no draft is left
-    adapter = ra.load_adapter(path)
-    assert sum(x.size for x in jax.tree.leaves(adapter.base)) < 1.2e6
-    with pytest.raises(ValueError, match="captions"):
-        ra.train_default_adapter([], tmp_path / "other")
+    for name in ("a", "b"):
+        tiny.train([CAPTION, BARE, WORKSHOP], tmp_path / name, steps=3, report=losses.append)
+    assert losses[0].startswith("step 3 of 3") and losses[0].split("  ")[1] == losses[1].split("  ")[1]
+    a, b = (ra.load_adapter(tmp_path / name) for name in ("a", "b"))
+    jax.tree.map(np.testing.assert_array_equal, a.base, b.base)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]  # no draft is left
 
 
-def test_losing_the_race_to_write_keeps_the_winner(folder, tmp_path):
-    winner = tmp_path / "model"
-    shutil.copytree(folder, winner)
-    adapter = ra.load_adapter(folder)
-    ra.write_folder(winner, adapter.config, adapter.base["params"], adapter.tokenizer)
-    ra.load_adapter(winner)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+def test_the_shipped_adapter_reads_the_situation():
+    folder = ROOT / "assets" / "adapter-tiny"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 8e6
+    adapter = ra.load_adapter("assets/adapter-tiny")
+    captions = [CAPTION, BARE, WORKSHOP] * 16
+    prompts = [ra.adapter_prompt(caption, [0], 0.9) for caption in captions]
+    texts = adapter.analyse(prompts, jax.random.key(0))
+    result = tiny.score_texts(captions, texts)
+    # drawn at random, 36 % of them would be possible in these three situations
+    assert result["sub_goals_possible"] > 0.6 and result["analyses_naming_any"] > 0.9 and len(set(texts)) > 40
+    said = [f.format(last="chopping tree") for f in tiny.UNDERSTOOD["good"]]
+    assert np.mean([any(text.startswith(start) for start in said) for text in texts]) > 0.9
+
+
+def test_the_measures_of_analyses():
+    texts = [
+        "No advice was given before. It is low on drink. It sees a tree. It should chop tree next.",
+        "No advice was given before. It is dark. Try to mine diamond.",
+        "No advice was given before.",
+    ]
+    result = tiny.score_texts([CAPTION] * 3, texts)
+    assert result["facts_stated"] == 3 and result["facts_right"] == pytest.approx(2 / 3)
+    assert result["sub_goals_named"] == 2 and result["sub_goals_possible"] == 0.5
+    assert result["analyses_naming_a_possible_sub_goal"] == pytest.approx(1 / 3)
+    assert result["distinct_analyses"] == 1.0
+    assert tiny.distinct(["a b a b"], 1) == 0.5 and tiny.distinct(["a b a b"], 2) == pytest.approx(2 / 3)
+    truth = tiny.write_analysis(np.random.default_rng(3), CAPTION, [4], 0.9)
+    assert tiny.score_texts([CAPTION], [truth])["facts_right"] == 1.0
 
 
 def test_no_adapter_says_and_learns_nothing():
@@ -457,3 +483,148 @@ def test_no_adapter_says_and_learns_nothing():
     assert nobody.analyse(["a", "b"], jax.random.key(0)) == ["", ""]
     assert nobody.finetune(TOYS, jax.random.key(0)) == {} and nobody.state() == {}
     nobody.load_state({})
+
+
+# ---- prompts that are too long, templates, saved LoRA weights
+
+
+def test_a_long_prompt_loses_its_beginning_and_never_the_instruction(adapter):
+    prompt = ra.adapter_prompt("first words\n" + CAPTION * 20, [], None)
+    tokens = adapter.encode_prompt(prompt, 200)
+    text = adapter.tokenizer.decode(tokens)
+    assert len(tokens) <= 200 and ra.INSTRUCTION in text and "first words" not in text and "Unlocked" in text
+    assert adapter.cut_prompts == 1
+    assert len(tokens) > 150  # no more is cut than must be
+    adapter.encode_prompt(ra.adapter_prompt(CAPTION, [], None), 400)
+    assert adapter.cut_prompts == 1
+    with pytest.raises(ValueError, match="no room for the instruction"):
+        adapter.encode_prompt(prompt, 1)
+
+
+def test_without_a_chat_template_prompts_are_plain_text(folder, tmp_path, capsys):
+    path = damaged(folder, tmp_path)
+    (path / "chat_template.jinja").unlink()
+    adapter = ra.load_adapter(path)
+    assert "no chat template" in capsys.readouterr().err
+    text = adapter.tokenizer.decode(adapter.encode_prompt("hello", 200))
+    assert text == f"{ra.SYSTEM_PROMPT}\n\nhello"
+    assert len(adapter.analyse(["hello"], jax.random.key(0), max_new_tokens=4)) == 1
+
+
+def test_a_shared_prefix_changes_no_text(adapter):
+    with_random_b(adapter)
+    adapter.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    prompts = [adapter.encode_prompt(text, 400) for text in ("tree (2 north)", "Some cow", "dark")]
+    shared, prefix = adapter.prefix_of(prompts, system=True)
+    assert shared > 10
+    with_prefix = adapter.generate(prompts, jax.random.key(0), 1.0, 12)
+    adapter.beginnings[True] = []
+    assert adapter.prefix_of(prompts, system=True) == (0, None)
+    assert adapter.generate(prompts, jax.random.key(0), 1.0, 12) == with_prefix
+
+
+def test_the_prefix_is_read_anew_after_finetuning(adapter):
+    adapter.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    prompts = [adapter.encode_prompt("a tree", 400)]
+    _, before = adapter.prefix_of(prompts, system=True)
+    assert adapter.prefix_of(prompts, system=True)[1] is before
+    adapter.finetune(TOYS, jax.random.key(0), epochs=2, learning_rate=1e-2)
+    _, after = adapter.prefix_of(prompts, system=True)
+    assert not np.array_equal(before[0], after[0])
+
+
+def test_dropout_acts_in_training_only(folder):
+    adapter = with_random_b(ra.load_adapter(folder, ra.LoraConfig(dropout=0.5)))
+    batch = ra.pack([[([5, 6, 7], [8, 9])]], 16)
+    losses = [
+        float(ra.mean_nll(adapter.graphdef, adapter.base, adapter.lora, batch, key))
+        for key in (None, None, jax.random.key(0), jax.random.key(1))
+    ]
+    assert losses[0] == losses[1] != losses[2] != losses[3]
+
+
+def test_lora_goes_where_it_is_told():
+    shapes = ra.init_lora(SMALL, ra.LoraConfig(rank=4, targets=("q", "down")), jax.random.key(0))
+    assert set(shapes) == {"q_a", "q_b", "down_a", "down_b"} and shapes["down_a"].shape == (2, 48, 4)
+    for wrong in ({"rank": 0}, {"dropout": 1.0}, {"targets": ("nose",)}, {"targets": ()}):
+        with pytest.raises(ValueError, match="LoRA"):
+            ra.LoraConfig(**wrong)
+
+
+# ---- command line
+
+
+def run(capsys, *argv):
+    code = ra.main([str(arg) for arg in argv])
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in TOYS * 4))
+    return path
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_sft_on_the_command_line(folder, data, tmp_path, capsys, merge):
+    flags = ["--epochs", 6, "--learning-rate", 1e-2, "--lora-rank", 4, "--lora-targets", "q", "v", "down"]
+    out = tmp_path / "tuned"
+    flags += ["--merge"] * merge
+    code, text, error = run(capsys, "sft", "--model", folder, "--data", data, "--out", out, *flags)
+    result = json.loads(text)
+    assert code == 0, error
+    assert result["nll_after"] < result["nll_before"] and result["examples"] == 32 and result["held_out"] == 3
+    assert (out / "config.json").exists() == merge and (out / "adapter_config.json").exists() == (not merge)
+    code, text, _ = run(capsys, "sft", "--model", out, "--data", data, "--epochs", 0)
+    again = json.loads(text)
+    assert again["nll_before"] == again["nll_after"] == pytest.approx(result["nll_after"], rel=1e-4)
+
+
+def test_sft_reads_the_guidance_of_a_run(folder, tmp_path, capsys):
+    path = tmp_path / "guidance.jsonl"
+    records = [{"adapter_prompt": p, "analysis": r} for p, r in TOYS] + [{"adapter_prompt": "x", "analysis": ""}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    code, text, _ = run(capsys, "sft", "--model", folder, "--data", path, "--epochs", 0, "--held-out", 1)
+    assert code == 0 and json.loads(text)["held_out"] == 8
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("generate --model /nowhere --prompt x", "--model.*no folder /nowhere"),
+        ("generate --model nobody/nothing-such --prompt x", "--model.*hub"),
+        ("generate --model MODEL --prompt x --max-new-tokens 0", "--max-new-tokens"),
+        ("generate --model MODEL --prompt x --temperature -1", "--temperature"),
+        ("sft --model MODEL --data /nowhere --out OUT", "--data.*cannot read"),
+        ("sft --model MODEL --data EMPTY --out OUT", "--data.*no examples"),
+        ("sft --model MODEL --data WRONG --out OUT", "--data: line 1"),
+        ("sft --model MODEL --data DATA", "--out"),
+        ("sft --model MODEL --data DATA --out MODEL", "--out.*exists"),
+        ("sft --model MODEL --data DATA --out OUT --held-out 1", "--held-out"),
+        ("sft --model MODEL --data DATA --out OUT --epochs -1", "--epochs"),
+        ("sft --model MODEL --data DATA --out OUT --lora-rank 0", "rank"),
+        ("sft --model MODEL --data DATA --out OUT --lora-targets nose", "targets"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, data, tmp_path, capsys, monkeypatch, argv, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "wrong").write_text('{"prompt": 3}\n')
+    paths = {"MODEL": folder, "DATA": data, "OUT": tmp_path / "out", "EMPTY": tmp_path / "empty"}
+    paths["WRONG"] = tmp_path / "wrong"
+    code, out, error = run(capsys, *[paths.get(word, word) for word in argv.split()])
+    assert code == 2 and out == "" and not (tmp_path / "out").exists()
+    assert re.search(words, error) and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_hub_id_is_looked_up_in_the_hubs_cache(folder, tmp_path):
+    """As `--adapter owner/name` on a machine that has downloaded it before, without a network."""
+    snapshot = tmp_path / "hub/models--some--model/snapshots/abc"
+    shutil.copytree(folder, snapshot)
+    (tmp_path / "hub/models--some--model/refs").mkdir()
+    (tmp_path / "hub/models--some--model/refs/main").write_text("abc")
+    argv = [sys.executable, "rladapter_adapter.py", "generate", "--model", "some/model", "--prompt", "hi"]
+    env = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)}
+    done = subprocess.run([*argv, "--max-new-tokens", "4"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import embeddings
 import llm_client
 import rladapter_adapter
 import rladapter_ppo as rl
@@ -45,7 +46,7 @@ def store(records, facts, advice):
     """advice: {sub-goal: [(fact, truth), ...]}; the rows it went to"""
     goals = tuple(SUB_GOAL_INDEX[goal] for goal in advice)
     because = tuple(tuple((FACT_INDEX[fact], truth) for fact, truth in reasons) for reasons in advice.values())
-    rows = rl.store_guidance(records, query(facts), llm_client.Guidance(goals, because), "prompt", "analysis")
+    rows = rl.store_guidance(records, query(facts), llm_client.Guidance(goals, because))
     return list(rows.values())
 
 
@@ -244,7 +245,7 @@ def test_the_context_is_the_embedding_of_the_advised_sub_goals():
         parts = rl.embed_advice(records.table(), rl.CONTEXTS["full"](rows, facts))
         return [np.asarray(weights @ basis)[0] for weights, basis in parts]
 
-    expected = llm_client.embed_sub_goals(llm_client.HashEmbedding(384), [0, 4]) * np.sqrt(384)
+    expected = embeddings.embed_sub_goals(embeddings.HashEmbedding(384), [0, 4]) * np.sqrt(384)
     np.testing.assert_allclose(vector(rows)[0], expected, atol=1e-4)
     np.testing.assert_array_equal(vector(rows)[1], facts[0])
     assert not vector(jnp.zeros_like(rows))[0].any()
@@ -385,18 +386,18 @@ def test_without_trials_all_advice_is_shown():
 @pytest.mark.parametrize(("analysis", "expected"), [("It should chop tree.", 1), ("It should sleep.", 0)])
 def test_the_adapter_learns_from_what_it_named_and_what_won(analysis, expected):
     records = with_outcomes([100, 100], [1.0, 2.0], [1.0, 1.0])
-    records.analyses[0] = analysis
+    records.said = [("prompt", analysis, [[SUB_GOAL_INDEX["chop tree"], 0, int(records.stamp[0])]])]
     seen = []
 
     class Spy(rladapter_adapter.NoAdapter):
-        def finetune(self, examples, key, **_):
+        def finetune(self, examples, *_):
             seen.extend(examples)
             return {}
 
-    rl.finetune(records, Spy(), jax.random.key(0))
+    rl.finetune(TOY, records, Spy(), jax.random.key(0))
     assert seen == [("prompt", analysis)] * expected
     records.arrays["evidence"][0, 0] *= -1  # now it lost
-    rl.finetune(records, Spy(), jax.random.key(0))
+    rl.finetune(TOY, records, Spy(), jax.random.key(0))
     assert len(seen) == expected
 
 

@@ -10,6 +10,7 @@ import signal
 import stat
 from pathlib import Path
 
+import make_adapter_tiny
 import numpy as np
 import pytest
 import tyro
@@ -154,7 +155,7 @@ def test_with_an_adapter_it_analyses_and_is_tuned(tmp_path, monkeypatch):
     """The real path with a tiny random model: analyses reach the messages, winners the fine-tuning."""
     folder = tmp_path / "model"
     captions = [rl.make_env("Toy-v0", 1).to_text(np.array([i % 2, 0])) for i in range(4)]
-    rladapter_adapter.train_default_adapter(captions, folder, steps=2)
+    make_adapter_tiny.train(captions, folder, steps=2)
     monkeypatch.setattr(rl, "MARGIN", -1e9)  # everything wins
     monkeypatch.setattr(
         rladapter_adapter.Adapter, "analyse", lambda self, prompts, key: ["It should chop tree."] * len(prompts)
@@ -164,6 +165,27 @@ def test_with_an_adapter_it_analyses_and_is_tuned(tmp_path, monkeypatch):
     assert any("Analysis:" in g["messages"][1]["content"] for g in lines(tmp_path / "run/guidance.jsonl"))
     tuned = [m for m in lines(tmp_path / "run/metrics.jsonl") if "adapter/nll_after" in m]
     assert tuned and all(np.isfinite(m["adapter/nll_after"]) for m in tuned)
+    assert rladapter_adapter.load_adapter(tmp_path / "run/adapter").lora_config.rank == 8
+
+
+def test_logs_hold_what_finetuning_needs(tmp_path, monkeypatch):
+    """The winners found offline, from guidance.jsonl and outcomes.jsonl, are those that training tunes on."""
+    folder, tuned_on = tmp_path / "model", []
+    make_adapter_tiny.train(["You see: tree (1 north)."], folder, steps=1)
+    monkeypatch.setattr(rl, "MARGIN", 0.1)
+    monkeypatch.setattr(
+        rladapter_adapter.Adapter, "analyse",
+        lambda self, prompts, key: [f"Chop tree or drink water, {i}." for i, _ in enumerate(prompts)],
+    )  # fmt: skip
+    monkeypatch.setattr(rladapter_adapter.Adapter, "warm_up", lambda *_, **__: None)
+    monkeypatch.setattr(rladapter_adapter.Adapter, "finetune", lambda self, pairs, *_: tuned_on.append(pairs) or {})
+    flags = ["--adapter", str(folder), "--num-envs", "16", "--guidance-rows", "4"]
+    for sft_data in ("best", "all"):
+        tuned_on.clear()
+        args = [*TOY, *flags, "--total-timesteps", "6000", "--sft-every", "1", "--sft-data", sft_data]
+        assert rl.main([*args, "--run-dir", str(tmp_path / sft_data)]) == 0
+        offline = rl.examples_of_run(tmp_path / sft_data, sft_data)
+        assert offline and offline == tuned_on[-1]
 
 
 # ---- bad input

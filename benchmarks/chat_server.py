@@ -10,6 +10,7 @@ import asyncio
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -19,7 +20,7 @@ import llm_client
 
 
 @dataclass(frozen=True)
-class Args:
+class Options:
     port: int = 8123
     """port on 127.0.0.1; 0 takes a free one"""
     latency: float = 0.1
@@ -58,11 +59,12 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, late
         writer.close()
 
 
-async def main(args: Args) -> None:
-    server = await asyncio.start_server(lambda r, w: serve(r, w, args.latency), "127.0.0.1", args.port, backlog=1024)
+async def main(options: Options) -> None:
+    handle = partial(serve, latency=options.latency)
+    server = await asyncio.start_server(handle, "127.0.0.1", options.port, backlog=1024)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(tyro.cli(Args)))
+    asyncio.run(main(tyro.cli(Options, description=__doc__)))

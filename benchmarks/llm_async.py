@@ -1,7 +1,7 @@
 """What --llm-async is worth: how long the device waits for a slow guide, and what answers one phase late cost.
 
     python benchmarks/llm_async.py                       # the table in docs/llm.md
-    python benchmarks/llm_async.py --latencies 0.2 --flags "--env-id Toy-v0 --adapter none" --total-timesteps 2e4
+    python benchmarks/llm_async.py --latencies 0.2 --flags="--env-id Toy-v0 --adapter none" --total-timesteps 2e4
 
 Each run is a training against benchmarks/chat_server.py, which waits before every answer. Prints a table; runs are kept
 in --runs.
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Args:
+class Options:
     latencies: tuple[float, ...] = (1.0, 10.0)
     """seconds that the guide takes for an answer"""
     total_timesteps: str = "1.6e5"
@@ -33,15 +33,15 @@ class Args:
     """where the runs go; must not exist yet"""
 
 
-def train(args: Args, latency: float, mode: list[str], folder: Path) -> Path:
+def train(options: Options, latency: float, mode: list[str], folder: Path) -> Path:
     """One training against a server of its own. Raises CalledProcessError if it fails."""
     serve = [sys.executable, "benchmarks/chat_server.py", "--port", "0", "--latency", str(latency)]
     server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         url = server.stdout.readline().strip()
         command = [sys.executable, "rladapter_ppo.py", "--llm", "http", "--llm-model", "rules", "--llm-base-url", url,
-                   "--llm-cache", "none", "--total-timesteps", args.total_timesteps, "--seed", str(args.seed),
-                   "--run-dir", str(folder.resolve()), *shlex.split(args.flags), *mode]  # fmt: skip
+                   "--llm-cache", "none", "--total-timesteps", options.total_timesteps, "--seed", str(options.seed),
+                   "--run-dir", str(folder.resolve()), *shlex.split(options.flags), *mode]  # fmt: skip
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     finally:
         server.terminate()
@@ -63,12 +63,12 @@ def row(folder: Path, latency: float, mode: list[str]) -> str:
 
 
 def main() -> None:
-    args = tyro.cli(Args)
+    options = tyro.cli(Options, description=__doc__)
     print("| latency | mode | device waits | device trains | share waiting | steps/s | return |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    for latency in args.latencies:
+    for latency in options.latencies:
         for mode in ([], ["--llm-async"]):
-            folder = train(args, latency, mode, args.runs / f"{latency:g}s-{'async' if mode else 'waiting'}")
+            folder = train(options, latency, mode, options.runs / f"{latency:g}s-{'async' if mode else 'waiting'}")
             print(row(folder, latency, mode), flush=True)
 
 

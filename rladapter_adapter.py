@@ -287,7 +287,7 @@ def make_decoder(config: LmConfig, params: Tree, lora: LoraConfig, factors: Tree
 
 def import_transformers() -> Any:
     """Late, as it takes two seconds; without torch, which it loads where it finds it: that takes longer than all the
-    rest, and XLA has crashed beside it; and quiet, as it warns that there is no torch."""
+    rest; and quiet, as it warns that there is no torch."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     find = importlib.util.find_spec
     importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)

@@ -1548,9 +1548,6 @@ def configure_jax(args: Args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 for input that can't work; 130 after Ctrl-C."""
-    # Libraries load torch where they find it, though nothing here uses it: that takes seconds, and beside it XLA has
-    # crashed when it read its compilation cache.
-    sys.modules.setdefault("torch", None)
     argv = sys.argv[1:] if argv is None else argv
     args, error = tyro.cli(Args, args=argv), None
     resume = args.resume

@@ -95,10 +95,8 @@ class Log:
     """The .jsonl files, TensorBoard, and Weights & Biases if asked for."""
 
     def __init__(self, folder: Path, track: bool, config: dict[str, Any], first_step: int = 0):
-        from tensorboardX import SummaryWriter
-
         self.folder = folder
-        self.tensorboard = SummaryWriter(str(folder), flush_secs=20, purge_step=first_step + 1)
+        self.tensorboard = _import_tensorboard().SummaryWriter(str(folder), flush_secs=20, purge_step=first_step + 1)
         self.failed = False
         self.wandb = _start_wandb(folder, config) if track else None
 
@@ -128,6 +126,19 @@ class Log:
             if not self.failed:
                 print(f"warning: can't log to {self.folder} ({error}); training goes on", file=sys.stderr)
             self.failed = True
+
+
+def _import_tensorboard() -> Any:
+    """Without torch, which it loads where it finds it: that takes longer than all the rest."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # its import fails, which tensorboardX expects
+    try:
+        import tensorboardX
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return tensorboardX
 
 
 def _append(path: Path, text: str) -> None:

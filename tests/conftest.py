@@ -25,11 +25,19 @@ def quiet_terminal(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """Compiled programs are let go after each file. All together they take more memory maps than Linux gives a process
+    (65,530), and XLA crashes when it gets no more."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def by_torch():
     """by_torch(function, *args): the value of one of torch_reference's functions, from a process that may load torch.
 
-    Training never does (`rladapter_adapter.import_transformers`): XLA has crashed beside it."""
+    Training never does (`rladapter_adapter.import_transformers`)."""
     if importlib.util.find_spec("torch") is None:
         pytest.skip("torch is not installed")
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

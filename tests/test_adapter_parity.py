@@ -1,7 +1,10 @@
 """Logits and greedy text equal to torch's, on tiny random checkpoints of every supported kind, made here with torch."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +180,11 @@ def test_transformers_loads_the_shipped_adapter(by_torch):
     np.testing.assert_allclose(ours, model.logits(tokens), atol=1e-4)
 
 
-def test_loading_a_model_does_not_load_torch():
-    ra.load_adapter("assets/adapter-tiny")
-    assert "torch" not in sys.modules
+def test_training_does_not_load_torch(tmp_path):
+    """transformers and tensorboardX would."""
+    toy = "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --total-timesteps 200 --eval-episodes 8"
+    program = "import sys, rladapter_ppo; print(rladapter_ppo.main(sys.argv[1:]), 'torch' in sys.modules)"
+    command = [sys.executable, "-c", program, *toy.split(), "--run-dir", str(tmp_path / "run")]
+    environment = os.environ | {"RLADAPTER_CACHE": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    assert done.stdout.splitlines()[-1:] == ["0 False"], done.stderr[-2000:]

@@ -127,7 +127,7 @@ class Args:
     guidance_bonus: float | None = None
     """reward for each step of work towards an advised sub-goal; default 0.1 with guidance, 0 without. Without guidance
     a bonus counts for every basic sub-goal (the control)"""
-    guidance_rows: int = 256
+    guidance_rows: int = 64
     """size of the guidance table, in pieces of advice"""
     updates_per_phase: int = 8
     """PPO updates between two pauses"""
@@ -326,12 +326,12 @@ class ActorCritic(nnx.Module):
         """features (B, F), context pairs of weights (B, M) and basis (M, D) -> logits (B, A), value (B,)
 
         The context vectors are weights @ basis (B, D). They are never formed: few vectors make up all of them, and
-        to project those instead of every sample's sum is many times cheaper.
+        to project those instead of every sample's sum is many times cheaper. One matmul for all is cheaper than a sum.
         """
-        x = self.features(features)
-        for layer, (weights, basis) in zip(self.context, context, strict=True):
-            x = x + weights @ layer(basis)
-        x = nnx.relu(self.norm(x))
+        inputs = jnp.concatenate([features, *(weights for weights, _ in context)], 1)
+        projected = [layer(basis) for layer, (_, basis) in zip(self.context, context, strict=True)]  # (M, width) each
+        kernel = jnp.concatenate([self.features.kernel[...], *projected])
+        x = nnx.relu(self.norm(inputs @ kernel + self.features.bias[...][None]))
         logits = self.actor(nnx.relu(self.actor_norm(self.actor_hidden(x))))
         value = self.critic(nnx.relu(self.critic_norm(self.critic_hidden(x))))
         return logits, value[:, 0]

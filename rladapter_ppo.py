@@ -34,8 +34,10 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import devices
 import embeddings
 import llm_client
 import rladapter_adapter
@@ -84,6 +86,11 @@ class Args:
     """stop with a traceback where the first NaN appears (jax_debug_nans)"""
     jit: bool = True
     """--no-jit runs everything op by op, to step through it with a debugger; very slow"""
+    num_devices: int = 1
+    """devices that share the envs, of each process"""
+    distributed: bool = False
+    """be one of several processes with the same flags: under SLURM, or with JAX_COORDINATOR_ADDRESS (host:port),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID set"""
 
     env_id: str = "Craftax-Classic-Symbolic-v1"
     """the environment: Craftax-Classic-Symbolic-v1 or Toy-v0"""
@@ -199,6 +206,10 @@ class Args:
     def num_updates(self) -> int:
         return -(-self.total_timesteps // self.batch_size)
 
+    @property
+    def table_rows(self) -> int:
+        return self.guidance_rows if self.guidance == "full" else 1
+
     def updates_in_phase(self, phase: int, updates_done: int) -> int:
         """The first phase is one update, because before it there is little to ask about; the last one may be short."""
         return min(1 if phase == 0 else self.updates_per_phase, self.num_updates - updates_done)
@@ -214,6 +225,7 @@ def check_args(args: Args) -> None:
     for name, low, high in (
         ("total_timesteps", 1, 10**15), ("num_envs", 1, 2**20), ("num_steps", 2, 2**20), ("num_minibatches", 1, 2**20),
         ("update_epochs", 1, 1000), ("hidden_size", 1, 2**16), ("guidance_rows", 1, 2**16), ("candidates", 1, 2),
+        ("num_devices", 1, 2**16),
         ("updates_per_phase", 1, 10**6), ("queries_per_phase", 0, 10**6), ("eval_episodes", 1, 10**7),
         ("save_every", 1, 10**9), ("sft_every", 0, 10**9), ("sft_epochs", 1, 10**6), ("seed", 0, 2**32 - 1),
         ("sft_learning_rate", 0, 10),
@@ -239,6 +251,20 @@ def check_args(args: Args) -> None:
         raise ValueError(
             f"--num-envs, --num-steps: a batch of {args.batch_size} samples is too large; choose smaller ones"
         )
+
+
+def make_mesh(args: Args) -> Any:
+    """The devices of all processes, None for a single one. Raises ValueError for what can't be split over them."""
+    mesh = devices.make_mesh(args.num_devices)
+    total = devices.count(mesh)
+    if args.num_envs % total:
+        raise ValueError(f"--num-envs: {args.num_envs} can't be divided among {total} devices (--num-devices)")
+    if args.batch_size // args.num_minibatches % total:
+        raise ValueError(
+            f"--num-minibatches: minibatches of {args.batch_size // args.num_minibatches} samples can't be divided "
+            f"among {total} devices (--num-devices)"
+        )
+    return mesh
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -344,6 +370,7 @@ class Agent:
     env: Any
     graphdef: Any
     guidance: str
+    mesh: Any = None  # of the devices that share the envs; None: a single one
 
     def __call__(
         self, params: Pytree, table: GuidanceTable, obs: jax.Array, context: jax.Array
@@ -382,12 +409,12 @@ def context_sizes(args: Args) -> tuple[int, ...]:
     return names if args.guidance == "none" else (*names, len(FACTS))
 
 
-def make_agent(args: Args, env: Any, key: jax.Array) -> tuple[Agent, Pytree]:
+def make_agent(args: Args, env: Any, key: jax.Array, mesh: Any = None) -> tuple[Agent, Pytree]:
     """The network, split into its static and its trained half."""
     num_features = jax.eval_shape(lambda k: env.features(env.observe(env.reset(k, 1))), key).shape[-1]
     network = ActorCritic(num_features, context_sizes(args), env.num_actions, args.hidden_size, nnx.Rngs(key))
     graphdef, params = nnx.split(network)
-    return Agent(env, graphdef, args.guidance), params
+    return Agent(env, graphdef, args.guidance, mesh), params
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
@@ -402,16 +429,12 @@ def learning_rate(args: Args, update: jax.Array) -> jax.Array:
 
 def init_runner(args: Args, agent: Agent, params: Pytree, key: jax.Array) -> Runner:
     key_env, key = jax.random.split(key)
-    zeros = functools.partial(jnp.zeros, args.num_envs)
-    return Runner(
-        params=params,
-        opt_state=make_optimizer(args).init(params),
-        env_state=agent.env.reset(key_env, args.num_envs),
-        key=key,
-        update=jnp.zeros((), jnp.int32),
-        episodic_return=zeros(jnp.float32),
-        episodic_length=zeros(jnp.int32),
-    )
+    per_env = {
+        "env_state": agent.env.reset(key_env, args.num_envs),
+        "episodic_return": jnp.zeros(args.num_envs), "episodic_length": jnp.zeros(args.num_envs, jnp.int32),
+    }  # fmt: skip
+    shared = {"params": params, "opt_state": make_optimizer(args).init(params), "key": key, "update": jnp.int32(0)}
+    return Runner(**devices.split(agent.mesh, per_env), **devices.replicate(agent.mesh, shared))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -432,7 +455,7 @@ class Records:
     """The host's copy of the guidance table, with all that was said and all that came of it."""
 
     def __init__(self, args: Args, num_actions: int, obs_shape: tuple[int, ...]):
-        rows = args.guidance_rows if args.guidance == "full" else 1
+        rows = args.table_rows
         self.trials = args.candidates == 2
         self.arrays = {
             "obs": np.zeros((rows, *obs_shape), np.uint8),
@@ -840,10 +863,19 @@ def look(
     args: Args, agent: Agent, table: GuidanceTable, lookup: Lookup, env_state: Pytree
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What every env shows and is told: obs (N, O), context (N, M) for the policy, advised (N, S) for the bonus."""
-    obs = agent.env.observe(env_state)
+    obs = devices.each(agent.mesh, agent.env.observe)(env_state)
     facts = agent.env.facts(obs)
     advised = find_advice(args, table, lookup, facts)
     return obs, CONTEXTS[args.guidance](advised, facts), advised
+
+
+def step_envs(agent: Agent, key: jax.Array, env_state: Pytree, action: jax.Array) -> tuple:
+    """`env.step` with a key of its own for every env, the same on any number of devices."""
+    return devices.each(agent.mesh, agent.env.step)(jax.random.split(key, action.shape[0]), env_state, action)
+
+
+def refill_envs(agent: Agent, key: jax.Array, env_state: Pytree) -> Pytree:
+    return devices.each(agent.mesh, agent.env.refill)(jax.random.split(key, agent.env.num_pools), env_state)
 
 
 def sample_action(key: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -871,7 +903,7 @@ def rollout(
         obs, context, advised = look(args, agent, table, lookup, carry.env_state)
         logits, value = agent(carry.params, table, obs, context)
         action, log_prob = sample_action(key_action, logits)
-        env_state, env_reward, done, info = agent.env.step(key_env, carry.env_state, action)
+        env_state, env_reward, done, info = step_envs(agent, key_env, carry.env_state, action)
         worked = info["worked"] & advised[:, :NUM_BASIC]
         transition = Transition(
             obs=obs, context=context, action=action, log_prob=log_prob, value=value, env_reward=env_reward, done=done,
@@ -892,7 +924,7 @@ def rollout(
         return carry, (transition, ended)
 
     runner, (transitions, ended) = jax.lax.scan(step, runner, jax.random.split(key_steps, args.num_steps))
-    env_state = agent.env.refill(key_refill, runner.env_state)
+    env_state = refill_envs(agent, key_refill, runner.env_state)
     sums = jax.tree.map(lambda x: x.sum(0).astype(jnp.float32), ended)
     return dataclasses.replace(runner, key=key, env_state=env_state), transitions, sums
 
@@ -959,13 +991,16 @@ def update_agent(
     advantages, returns = compute_gae(
         transitions.reward, transitions.value, transitions.done, last_value, args.gamma, args.gae_lambda
     )
-    flat = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), (transitions, advantages, returns))
+    # Whole on every device, so that a minibatch is any of all samples; each device takes its part of the minibatch.
+    rollouts = devices.replicate(agent.mesh, (transitions, advantages, returns))
+    flat = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), rollouts)
     optimizer, rate = make_optimizer(args), learning_rate(args, runner.update)
 
     def minibatch(
         carry: tuple[Pytree, Pytree], indices: jax.Array
     ) -> tuple[tuple[Pytree, Pytree], dict[str, jax.Array]]:
         params, opt_state = carry
+        indices = devices.split(agent.mesh, indices)
         batch, batch_advantages, batch_returns = jax.tree.map(lambda x: x[indices], flat)
         loss = functools.partial(ppo_loss, args, agent)
         grads, metrics = jax.grad(loss, has_aux=True)(params, table, batch, batch_advantages, batch_returns)
@@ -997,19 +1032,36 @@ def row_outcomes(
     zeros = jnp.zeros_like(transitions.value)
     _, returns = compute_gae(transitions.env_reward, zeros, transitions.done, zeros[0], args.gamma, 1.0)
     fresh = jnp.concatenate([jnp.zeros_like(transitions.done[:1]), transitions.done[:-1]])
-    basic = table.goals[:, :NUM_BASIC].astype(jnp.float32)
+
+    def add_up(shown: jax.Array, pinned: jax.Array, *rollouts: Any) -> jax.Array:
+        mine = dataclasses.replace(lookup, shown=shown, pinned=pinned)
+        return add_up_outcomes(args, agent.env, table.goals, mine, *rollouts)[None]
+
+    # Every device adds up its own envs: they meet once and not at every step.
+    add_up = devices.each(agent.mesh, add_up, (0, 0, 1, 1, 1))
+    sums = add_up(lookup.shown, lookup.pinned, transitions, returns, fresh).sum(0)
+    outcomes = {name: sums[..., i] for i, name in enumerate(("visits", "returns", "squares", "successes", "steps"))}
+    return outcomes | {"reached": sums[..., 5 : 5 + NUM_BASIC], "actions": sums[..., 5 + NUM_BASIC :]}
+
+
+def add_up_outcomes(
+    args: Args, env: Any, goals: jax.Array, lookup: Lookup, transitions: Transition, returns: jax.Array,
+    fresh: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """(T, N) returns, fresh: an episode begins with this step -> (K, 2, ...) sums over the steps and these envs."""
+    basic = goals[:, :NUM_BASIC].astype(jnp.float32)
     groups = jnp.stack([~lookup.shown, lookup.shown]).astype(jnp.float32)  # (2, N, K)
 
     def step(carry: tuple, x: tuple) -> tuple[tuple, None]:
         before, counted, succeeded, sums = carry  # (N, K) bool: fitted before, visit is counted, sub-goal was reached
         t, return_t, fresh_t = x
-        fits = rows_in_force(args, lookup, agent.env.facts(t.obs))
+        fits = rows_in_force(args, lookup, env.facts(t.obs))
         entered = fits & (~before | fresh_t[:, None])
         counted = (counted | entered) & fits
         hit = (t.reached.astype(jnp.float32) @ basic.T > 0) & counted
         success = hit & (~succeeded | entered)
         per_visit = jnp.stack([jnp.ones_like(return_t), return_t, return_t**2], 1)
-        per_step = [jnp.ones((*fresh_t.shape, 1)), t.reached, jax.nn.one_hot(t.action, agent.env.num_actions)]
+        per_step = [jnp.ones((*fresh_t.shape, 1)), t.reached, jax.nn.one_hot(t.action, env.num_actions)]
         add = [
             jnp.einsum("gnk,nc->kgc", groups * entered, per_visit),
             jnp.einsum("gnk->kg", groups * success)[..., None],
@@ -1018,11 +1070,10 @@ def row_outcomes(
         return (fits, counted, hit | (succeeded & counted & ~entered), sums + jnp.concatenate(add, -1)), None
 
     nothing = jnp.zeros_like(lookup.shown)
-    start = rows_in_force(args, lookup, agent.env.facts(transitions.obs[0]))
-    sums = jnp.zeros((start.shape[1], 2, 5 + NUM_BASIC + agent.env.num_actions))
+    start = rows_in_force(args, lookup, env.facts(transitions.obs[0]))
+    sums = jnp.zeros((start.shape[1], 2, 5 + NUM_BASIC + env.num_actions))
     (_, _, _, sums), _ = jax.lax.scan(step, (start, nothing, nothing, sums), (transitions, returns, fresh))
-    outcomes = {name: sums[..., i] for i, name in enumerate(("visits", "returns", "squares", "successes", "steps"))}
-    return outcomes | {"reached": sums[..., 5 : 5 + NUM_BASIC], "actions": sums[..., 5 + NUM_BASIC :]}
+    return sums
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2,))
@@ -1035,7 +1086,7 @@ def train_phase(
         runner; metrics, sums over the phase; outcomes, sums per row; a sample of the situations met (U * 256, O)
     """
     key, key_lookup = jax.random.split(runner.key)
-    obs = agent.env.observe(runner.env_state)
+    obs = devices.each(agent.mesh, agent.env.observe)(runner.env_state)
     lookup = make_lookup(args, table, key_lookup, agent.env.facts(obs))
     runner = dataclasses.replace(runner, key=key)
 
@@ -1063,7 +1114,7 @@ def train_phase(
     samples = jnp.zeros((args.updates_per_phase, SAMPLES_PER_UPDATE, obs.shape[-1]), jnp.uint8)
     carry = (runner, metrics, outcomes, samples)
     runner, metrics, outcomes, samples = jax.lax.fori_loop(0, num_updates, one_update, carry)
-    return runner, metrics, outcomes, samples.reshape(-1, obs.shape[-1])
+    return runner, *devices.replicate(agent.mesh, (metrics, outcomes, samples.reshape(-1, obs.shape[-1])))
 
 
 LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
@@ -1075,14 +1126,31 @@ METRICS = (*LOSSES, "bonus", "covered_steps", "episodes", "episodic_return", "ep
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def start_evaluation(args: Args, agent: Agent, key: jax.Array) -> dict[str, Any]:
+    """What `evaluate_steps` carries: fresh episodes, and counts of each env."""
+    key_env, key = jax.random.split(key)
+    n, zeros = args.num_envs, functools.partial(jnp.zeros, args.num_envs)
+    per_env = {
+        "env_state": agent.env.reset(key_env, n), "pinned": jnp.zeros((n, args.table_rows), bool),
+        "so_far": zeros(), "length": zeros(jnp.int32), "episodes": zeros(jnp.int32), "episodic_return": zeros(),
+        "episodic_length": zeros(jnp.int32), "achievements": jnp.zeros((n, len(agent.env.achievements)), jnp.int32),
+    }  # fmt: skip
+    return devices.split(agent.mesh, per_env) | {"key": devices.replicate(agent.mesh, key)}
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
 def evaluate_steps(
     args: Args, agent: Agent, params: Pytree, carry: dict[str, Any], table: GuidanceTable, num_episodes: jax.Array,
     redraw: jax.Array,
-) -> dict[str, Any]:  # fmt: skip
-    """num_steps steps of all envs; each env counts its first num_episodes episodes only."""
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:  # fmt: skip
+    """num_steps steps of all envs; each env counts its first num_episodes episodes only.
+
+    Returns:
+        the carry; sums over the envs so far, and the `fewest` episodes that an env has ended
+    """
     key, key_refill, key_steps, key_lookup = jax.random.split(carry["key"], 4)
-    facts = agent.env.facts(agent.env.observe(carry["env_state"]))
+    facts = agent.env.facts(devices.each(agent.mesh, agent.env.observe)(carry["env_state"]))
     lookup = make_lookup(args, table, key_lookup, facts)
     lookup = dataclasses.replace(lookup, pinned=jnp.where(redraw, lookup.pinned, carry["pinned"]))
 
@@ -1090,7 +1158,7 @@ def evaluate_steps(
         key_action, key_env = jax.random.split(key_step)
         obs, context, _ = look(args, agent, table, lookup, carry["env_state"])
         action, _ = sample_action(key_action, agent(params, table, obs, context)[0])
-        env_state, reward, done, info = agent.env.step(key_env, carry["env_state"], action)
+        env_state, reward, done, info = step_envs(agent, key_env, carry["env_state"], action)
         counts = done & (carry["episodes"] < num_episodes)
         so_far, length = carry["so_far"] + reward, carry["length"] + 1
         return carry | {
@@ -1099,12 +1167,15 @@ def evaluate_steps(
             "episodes": carry["episodes"] + counts,
             "episodic_return": carry["episodic_return"] + so_far * counts,
             "episodic_length": carry["episodic_length"] + length * counts,
-            "achievements": carry["achievements"] + (info["achievements"] & counts[:, None]).sum(0),
+            "achievements": carry["achievements"] + (info["achievements"] & counts[:, None]),
         }, None  # fmt: skip
 
     carry, _ = jax.lax.scan(step, carry, jax.random.split(key_steps, args.num_steps))
-    env_state = agent.env.refill(key_refill, carry["env_state"])
-    return carry | {"key": key, "env_state": env_state, "pinned": lookup.pinned}
+    env_state = refill_envs(agent, key_refill, carry["env_state"])
+    names = "episodes", "episodic_return", "episodic_length", "achievements"
+    sums = {name: carry[name].sum(0) for name in names} | {"fewest": carry["episodes"].min()}
+    carry |= {"key": key, "env_state": env_state, "pinned": lookup.pinned}
+    return carry, devices.replicate(agent.mesh, sums)
 
 
 def evaluate(
@@ -1116,28 +1187,20 @@ def evaluate(
         eval_episodes, episodic_return, episodic_length, score, reward_percent, achievements {name: rate}
     """
     num_episodes = -(-args.eval_episodes // args.num_envs)
-    key_env, key = jax.random.split(key)
-    n, num_achievements = args.num_envs, len(agent.env.achievements)
-    carry = {
-        "env_state": agent.env.reset(key_env, n), "key": key, "pinned": jnp.zeros((n, table.valid.shape[0]), bool),
-        "so_far": jnp.zeros(n), "length": jnp.zeros(n, jnp.int32), "episodes": jnp.zeros(n, jnp.int32),
-        "episodic_return": jnp.zeros(n), "episodic_length": jnp.zeros(n, jnp.int32),
-        "achievements": jnp.zeros(num_achievements, jnp.int32),
-    }  # fmt: skip
-    chunk = 0
-    while int(carry["episodes"].min()) < num_episodes:
-        redraw = jnp.asarray(chunk % args.updates_per_phase == 0)
-        carry = evaluate_steps(args, agent, params, carry, table, jnp.int32(num_episodes), redraw)
+    total, num_achievements = num_episodes * args.num_envs, len(agent.env.achievements)
+    carry, chunk, sums = start_evaluation(args, agent, key), 0, {"fewest": 0}
+    while sums["fewest"] < num_episodes:
+        redraw = devices.everywhere(agent.mesh, np.bool_(chunk % args.updates_per_phase == 0))
+        carry, sums = evaluate_steps(args, agent, params, carry, table, np.int32(num_episodes), redraw)
+        sums = {name: np.asarray(value, np.float64) for name, value in sums.items()}
         chunk += 1
         if progress:
-            progress(int(carry["episodes"].sum()), num_episodes * n)
-    total = num_episodes * n
-    rates = np.asarray(carry["achievements"], np.float64) / total
-    episodic_return = float(carry["episodic_return"].sum()) / total
+            progress(int(sums["episodes"]), total)
+    rates, episodic_return = sums["achievements"] / total, float(sums["episodic_return"]) / total
     return {
         "eval_episodes": total,
         "episodic_return": episodic_return,
-        "episodic_length": float(carry["episodic_length"].sum()) / total,
+        "episodic_length": float(sums["episodic_length"]) / total,
         "reward_percent": 100 * episodic_return / num_achievements,
         "score": crafter_score(rates),
         "achievements": dict(zip(agent.env.achievements, rates.tolist(), strict=True)),
@@ -1321,7 +1384,7 @@ class Session:
     samples: np.ndarray  # (U * 256, O) uint8, situations of the last phase
     adapter: Any
     llm: Any
-    checkpoints: runs.Checkpoints
+    checkpoints: runs.Checkpoints | None  # of several processes the leader has them
     counters: Counters
     phase: int  # the next one
     setup_seconds: float  # loading, reset: no part of SPS
@@ -1333,44 +1396,64 @@ class Session:
 
 def prepare(args: Args, folder: Path, resume: bool, argv: list[str]) -> Session:
     """Check everything, then make or read the run folder. Raises ValueError, one line, for what can't work."""
-    start = time.perf_counter()
-    env = make_env(args.env_id, args.num_envs)
-    if not resume:
+    start, leads = time.perf_counter(), devices.is_leader()
+    mesh = make_mesh(args)
+    env = make_env(args.env_id, args.num_envs, devices.count(mesh))
+    if not resume and leads:
         runs.check_free(folder)
-    llm, adapter = make_llm(args), make_adapter(args)
+    # Of several processes the first one asks adapter and LLM; the others are handed the table.
+    llm = make_llm(args) if leads else llm_client.OfflineGuide()
+    adapter = make_adapter(args) if leads else rladapter_adapter.NoAdapter()
     key_agent, key_runner = jax.random.split(jax.random.key(args.seed))
-    agent, params = make_agent(args, env, key_agent)
-    runner = jax.jit(init_runner, static_argnums=(0, 1))(args, agent, params, key_runner)
-    obs = np.asarray(env.observe(runner.env_state))
+    agent, params = make_agent(args, env, key_agent, mesh)
+    params, key_runner = devices.everywhere(mesh, (params, key_runner))
+    runner, obs = jax.jit(first_runner, static_argnums=(0, 1))(args, agent, params, key_runner)
+    obs = np.asarray(obs)
     records = Records(args, env.num_actions, obs.shape[1:])
     samples = np.resize(obs, (args.updates_per_phase * SAMPLES_PER_UPDATE, *obs.shape[1:]))
-    if not resume:
+    if not resume and leads:
         runs.create(folder, {"flags": flags(args), "argv": argv} | runs.describe_machine())
-    session = Session(
-        args, folder, agent, runner, records, samples, adapter, llm, runs.Checkpoints(folder), Counters(), 0, 0.0
-    )
+    checkpoints = runs.Checkpoints(folder) if leads else None
+    session = Session(args, folder, agent, runner, records, samples, adapter, llm, checkpoints, Counters(), 0, 0.0)
     if resume:
         load_checkpoint(session)
     session.setup_seconds = time.perf_counter() - start
     return session
 
 
+def first_runner(args: Args, agent: Agent, params: Pytree, key: jax.Array) -> tuple[Runner, jax.Array]:
+    """`init_runner`, and what its envs show (N, O)."""
+    runner = init_runner(args, agent, params, key)
+    return runner, devices.replicate(agent.mesh, agent.env.observe(runner.env_state))
+
+
+def current_table(session: Session) -> GuidanceTable:
+    """The leader's guidance table, on all devices."""
+    return devices.everywhere(session.agent.mesh, devices.from_leader(session.records.table()))
+
+
 def checkpoint_arrays(session: Session) -> dict[str, Any]:
     return {
-        "runner": session.runner, "records": session.records.arrays, "adapter": session.adapter.state(),
-        "samples": session.samples,
+        "runner": devices.whole(session.agent.mesh, session.runner), "records": session.records.arrays,
+        "adapter": devices.whole(None, session.adapter.state()), "samples": session.samples,
     }  # fmt: skip
 
 
 def save_checkpoint(session: Session, phase: int) -> None:
-    records = session.records
-    extra = {"counters": session.counters.values, "said": records.said}
-    session.checkpoints.save(phase, checkpoint_arrays(session), extra)
+    """Only the leader writes; all must call it, as each holds a part of the envs."""
+    arrays, extra = checkpoint_arrays(session), {"counters": session.counters.values, "said": session.records.said}
+    if devices.is_leader():
+        session.checkpoints.save(phase, arrays, extra)
 
 
 def load_checkpoint(session: Session) -> None:
-    phase, saved, extra = session.checkpoints.restore(checkpoint_arrays(session))
-    session.runner, session.samples = saved["runner"], np.array(saved["samples"])
+    """The leader reads, and hands the others what they need."""
+    saved, phase, extra = checkpoint_arrays(session), 0, {}
+    if devices.is_leader():
+        phase, saved, extra = session.checkpoints.restore(saved)
+    phase, extra = devices.told_by_leader((phase, extra))
+    session.runner = devices.like(devices.from_leader(saved["runner"]), session.runner)
+    session.samples = np.array(saved["samples"])
     session.records.arrays = {name: np.array(value) for name, value in saved["records"].items()}
     session.records.said = [tuple(said) for said in extra["said"]]
     session.adapter.load_state(saved["adapter"])
@@ -1381,7 +1464,8 @@ def load_checkpoint(session: Session) -> None:
             session.counters.add(**{f"llm_{name}": sum(answer[name] for answer in lost)})
     totals = session.counters
     session.llm.resume(totals["llm_queries"], totals["llm_calls"], totals["llm_cost"])
-    runs.cut_logs(session.folder, session.phase)
+    if devices.is_leader():
+        runs.cut_logs(session.folder, session.phase)
 
 
 def run_phase(session: Session, train_compiled: Any, log: runs.Log) -> dict[str, Any]:
@@ -1390,15 +1474,17 @@ def run_phase(session: Session, train_compiled: Any, log: runs.Log) -> dict[str,
     start, env = time.perf_counter(), session.agent.env
     key = jax.random.fold_in(jax.random.key(args.seed + 1), phase)
     queries = []
-    if args.guidance == "full":
+    if args.guidance == "full" and devices.is_leader():
         queries = select_queries(args, records, session.samples, np.asarray(env_facts(env, session.samples)))
     pause = ask_guide(args, env, queries, session.adapter, session.llm, key)
     if not args.llm_async:
         asked = use_answers(session, pause, log)
 
     num_updates = args.updates_in_phase(phase, counters["global_step"] // args.batch_size)
+    table = current_table(session)  # here the other processes wait for the leader
+    updates = devices.everywhere(session.agent.mesh, np.int32(num_updates))
     train_start = time.perf_counter()
-    out = jax.block_until_ready(train_compiled(session.runner, records.table(), jnp.int32(num_updates)))
+    out = jax.block_until_ready(train_compiled(session.runner, table, updates))
     train_seconds = time.perf_counter() - train_start
     session.runner, sums, outcomes, samples = out
     session.samples = np.resize(np.asarray(samples)[: num_updates * SAMPLES_PER_UPDATE], samples.shape)
@@ -1446,10 +1532,12 @@ def warm_up_adapter(session: Session) -> float:
 
 def train(session: Session, progress: Any) -> dict[str, Any] | None:
     """All phases and the final evaluation. Returns the summary, None if Ctrl-C stopped it."""
-    args, counters = session.args, session.counters
-    log = runs.Log(session.folder, args.track, {"flags": flags(args)}, first_step=counters["global_step"])
+    args, counters, mesh = session.args, session.counters, session.agent.mesh
+    log = runs.NoLog()
+    if devices.is_leader():
+        log = runs.Log(session.folder, args.track, {"flags": flags(args)}, first_step=counters["global_step"])
     stop = StopRequest(progress.console)
-    values = args, session.agent, session.runner, session.records.table(), jnp.int32(1)
+    values = args, session.agent, session.runner, current_table(session), devices.everywhere(mesh, np.int32(1))
     train_compiled, compile_seconds = ahead_of_time(args, train_phase, *values)
     compile_seconds += warm_up_adapter(session)
     counters.add(compile_seconds=compile_seconds, wall_seconds=compile_seconds)
@@ -1458,31 +1546,40 @@ def train(session: Session, progress: Any) -> dict[str, Any] | None:
     )
     total = args.num_updates * args.batch_size
     task = progress.add_task("training", total=total, completed=counters["global_step"], status="")
-    while not session.finished and not stop.asked:
+    stopping = False
+    while not session.finished and not stopping:
         metrics = run_phase(session, train_compiled, log)
         log.metrics(metrics | {"time/compile": compile_seconds})
         progress.update(task, completed=counters["global_step"], status=status_line(metrics, counters))
-        if stop.asked or session.finished or session.phase % args.save_every == 0:
+        stopping = bool(devices.from_leader(np.bool_(stop.asked)))
+        if stopping or session.finished or session.phase % args.save_every == 0:
             save_checkpoint(session, session.phase - 1)
-    if args.sft_every:
-        try:
-            session.adapter.save(session.folder / "adapter")
-        except OSError as error:
-            print(f"warning: can't write {session.folder / 'adapter'} ({error.strerror})", file=sys.stderr)
-    session.checkpoints.close()
+    if devices.is_leader():
+        save_adapter(session)
+        session.checkpoints.close()
     session.llm.close()
     log.close()
     if not session.finished:
         return None
     progress.update(task, description="evaluating")
     start = time.perf_counter()
-    key, table = jax.random.fold_in(jax.random.key(args.seed), 2), session.records.best_table()
+    table = devices.everywhere(mesh, devices.from_leader(session.records.best_table()))
+    key = devices.everywhere(mesh, jax.random.fold_in(jax.random.key(args.seed), 2))
     result = evaluate(args, session.agent, session.runner.params, table, key, lambda done, total: progress.update(
         task, status=f"{done} of {total} episodes"))  # fmt: skip
     seconds = {"eval_seconds": time.perf_counter() - start, "setup_seconds": session.setup_seconds}
     summary = summarise(args, counters, result) | seconds
-    runs.write_summary(session.folder, summary)
+    if devices.is_leader():
+        runs.write_summary(session.folder, summary)
     return summary
+
+
+def save_adapter(session: Session) -> None:
+    try:
+        if session.args.sft_every:
+            session.adapter.save(session.folder / "adapter")
+    except OSError as error:
+        print(f"warning: can't write {session.folder / 'adapter'} ({error.strerror})", file=sys.stderr)
 
 
 def status_line(record: dict[str, Any], counters: Counters) -> str:
@@ -1546,34 +1643,47 @@ def configure_jax(args: Args) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+def start(args: Args, argv: list[str]) -> tuple[Path, Session | None]:
+    """The run's folder and all that training needs; no session after --dry-run. Raises ValueError, one line."""
+    resume = args.resume
+    args = resumed_args(args, argv) if resume else args
+    check_args(args)
+    configure_jax(args)
+    if args.distributed:
+        devices.initialize()
+    folder = resume or args.run_dir or runs.default_folder(args.env_id, args.exp_name, args.seed)
+    if args.dry_run:
+        dry_run(args)
+        return folder, None
+    return folder, prepare(args, folder, resume is not None, argv)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 for input that can't work; 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
-    args, error = tyro.cli(Args, args=argv), None
-    resume = args.resume
+    with devices.all_or_none():
+        return run(sys.argv[1:] if argv is None else argv)
+
+
+def run(argv: list[str]) -> int:
+    args = tyro.cli(Args, args=argv)
+    try:
+        folder, session = start(args, argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return devices.leave(2)
+    if session is None:
+        return 0
     status = TextColumn("{task.percentage:>3.0f}%  {task.fields[status]}")
     columns = TextColumn("{task.description}"), BarColumn(), status, TimeElapsedColumn(), TimeRemainingColumn()
+    console = Console(quiet=not devices.is_leader())
     try:
-        with Progress(*columns) as progress:
-            try:
-                args = resumed_args(args, argv) if resume else args
-                check_args(args)
-                configure_jax(args)
-                if args.dry_run:
-                    dry_run(args)
-                    return 0
-                folder = resume or args.run_dir or runs.default_folder(args.env_id, args.exp_name, args.seed)
-                session = prepare(args, folder, resume is not None, argv)
-            except ValueError as problem:
-                error = problem
-            else:
-                summary = train(session, progress)
+        with Progress(*columns, console=console) as progress:
+            summary = train(session, progress)
     except KeyboardInterrupt:
         print("stopped at once; what was saved before can be resumed", file=sys.stderr)
         return 130
-    if error is not None:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not devices.is_leader():
+        return 130 if summary is None else 0
     if summary is None:
         print(f"stopped; continue with: python rladapter_ppo.py --resume {folder}")
         return 130

@@ -128,6 +128,16 @@ class Log:
             self.failed = True
 
 
+class NoLog:
+    """For processes that are not the first one."""
+
+    def metrics(self, record: dict[str, Any]) -> None: ...
+
+    def append(self, name: str, records: list[dict[str, Any]]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _import_tensorboard() -> Any:
     """Without torch, which it loads where it finds it: that takes longer than all the rest."""
     hidden = "torch" not in sys.modules
@@ -168,7 +178,12 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, enable_async_checkpointing=False)
+        # Of several processes only the first one has checkpoints: it must not wait for the others.
+        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="0")
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, create=False, enable_async_checkpointing=False, multiprocessing_options=alone
+        )
         self.manager = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
 
     def save(self, phase: int, arrays: Any, extra: dict[str, Any]) -> bool:

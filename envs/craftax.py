@@ -4,14 +4,18 @@ The env protocol, for whoever wants to add an env (`envs/toy.py` is the smallest
 arrays of its own (so that it can be a static argument of `jax.jit`), equal to another one of the same settings, with
 
     name: str    num_actions: int    achievements: tuple[str, ...] (A)
+    num_pools: int                                       G, see below
     reset(key, num_envs) -> state                        fresh episodes; `state` is any pytree
-    refill(key, state) -> state                          called once per update, for work too dear to do at each step
+    refill(keys (G,), state) -> state                    called once per update, for work too dear to do at each step
     observe(state) -> obs (N, O) uint8                   all that policy, facts and caption are made of
-    step(key, state, action (N,)) -> state, reward (N,) f32, done (N,) bool, info
+    step(keys (N,), state, action (N,)) -> state, reward (N,) f32, done (N,) bool, info
     features(obs (..., O)) -> (..., F) f32               what the policy sees of it
     facts(obs (..., O)) -> (..., P) bool                 in the order of `vocabulary.FACTS`
     to_text(obs (O,)) -> str                             the caption, on the host
     random_observations(key, n) -> (n, O) uint8          situations of all kinds, for the default adapter's first words
+
+The first axis of every array of `state` has N or G entries: env i and pool i * G // N belong together, and nothing else
+does, so that D devices (G divisible by D) can each run `refill`, `observe` and `step` on their part of both.
 
 `step` resets an env whose episode ends: the state it returns is then the first one of the next episode, reward and
 done are those of the step. `info` holds, per env, `reached (N, 22) bool` and `worked (N, 22) bool` (see `envs.goals`),
@@ -19,7 +23,7 @@ done are those of the step. `info` holds, per env, `reached (N, 22) bool` and `w
 merged, as in craftax: an episode that hits `max_timesteps` (10,000) ends like a death, its value is not bootstrapped.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -39,17 +43,17 @@ NUM_BLOCKS = len(BlockType)
 ROWS, COLS = OBS_DIM  # 7, 9
 CELLS = ROWS * COLS
 MARGIN = max(OBS_DIM)  # padding that keeps every view inside the padded map
-REFILL_CHUNK = 8  # worlds made at a time when the pool is refilled
+REFILL_CHUNK = 8  # worlds made at a time when a small pool is refilled; a sixteenth of a large one
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Pool:
-    """Fresh worlds waiting for the next episodes."""
+    """Fresh worlds waiting for the next episodes, in G pools, each for its N / G envs."""
 
-    worlds: EnvState  # (W, ...)
-    used: jax.Array  # () int32, worlds[:used] have been handed out since the last refill
-    reused: jax.Array  # () int32, episodes that began in a world handed out before, because the pool had run empty
+    worlds: EnvState  # (G, W, ...)
+    used: jax.Array  # (G,) int32, worlds[:used] of a pool have been handed out since the last refill
+    reused: jax.Array  # (G,) int32, episodes that began in a world handed out before, because the pool had run empty
 
 
 @jax.tree_util.register_dataclass
@@ -64,14 +68,15 @@ class CraftaxEnv:
     """N parallel games of Craftax-Classic.
 
     World generation costs as much as hundreds of steps, and craftax's own auto-reset pays it at every step for every
-    env. Here worlds come from a pool of `pool_size`: `refill` replaces the ones that were handed out, in chunks, once
+    env. Here worlds come from pools of `pool_size`: `refill` replaces the ones that were handed out, in chunks, once
     per update, so a run pays for about one world per episode. Each world is handed out once; unused ones stay for the
-    next update. When more episodes end between two refills than the pool holds, worlds are handed out again, from the
+    next update. When more episodes end between two refills than a pool holds, worlds are handed out again, from the
     first, and counted in `pool.reused`.
     """
 
     name: str = "Craftax-Classic-Symbolic-v1"
     pool_size: int = 64
+    num_pools: int = 1
     params: EnvParams = EnvParams()
     static_params: StaticEnvParams = StaticEnvParams()
 
@@ -80,30 +85,29 @@ class CraftaxEnv:
 
     def reset(self, key: jax.Array, num_envs: int) -> VectorState:
         key_envs, key_pool = jax.random.split(key)
-        worlds = self._generate(jax.random.split(key_pool, self.pool_size))
-        pool = Pool(worlds, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-        return VectorState(self._generate(jax.random.split(key_envs, num_envs)), pool)
+        worlds = self._generate(jax.random.split(key_pool, (self.num_pools, self.pool_size)))
+        zeros = jnp.zeros(self.num_pools, jnp.int32)
+        return VectorState(self._generate(jax.random.split(key_envs, num_envs)), Pool(worlds, zeros, zeros))
 
-    def refill(self, key: jax.Array, state: VectorState) -> VectorState:
-        """Move unused worlds to the back of the pool and make new ones in front of them."""
+    def refill(self, keys: jax.Array, state: VectorState) -> VectorState:
+        """Move unused worlds to the back of the pools and make new ones in front of them."""
         pool = state.pool
         # The last chunk may reach over the used worlds: what it overwrites there is as fresh as what it writes.
-        chunk = min(REFILL_CHUNK, self.pool_size)
-        num_chunks = (jnp.minimum(pool.used, self.pool_size) + chunk - 1) // chunk
+        chunk = min(max(REFILL_CHUNK, self.pool_size // 16), self.pool_size)
+        num_chunks = (jnp.minimum(pool.used.max(), self.pool_size) + chunk - 1) // chunk
 
         def make_chunk(i: jax.Array, worlds: EnvState) -> EnvState:
-            new = self._generate(jax.random.split(jax.random.fold_in(key, i), chunk))
+            new = self._generate(jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, i), chunk))(keys))
             start = jnp.minimum(i * chunk, self.pool_size - chunk)
-            return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, start, 0), worlds, new)
+            return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, start, 1), worlds, new)
 
         worlds = jax.lax.fori_loop(0, num_chunks, make_chunk, pool.worlds)
         return VectorState(state.envs, Pool(worlds, jnp.zeros_like(pool.used), pool.reused))
 
     def step(
-        self, key: jax.Array, state: VectorState, action: jax.Array
+        self, keys: jax.Array, state: VectorState, action: jax.Array
     ) -> tuple[VectorState, jax.Array, jax.Array, dict]:
         before = state.envs
-        keys = jax.random.split(key, action.shape[0])
         envs, reward = jax.vmap(craftax_step, in_axes=(0, 0, 0, None, None))(
             keys, before, action, self.params, self.static_params
         )
@@ -139,24 +143,29 @@ class CraftaxEnv:
         return _random_observations(self, key, n)
 
     def _generate(self, keys: jax.Array) -> EnvState:
-        """One fresh world per key."""
-        states = jax.vmap(generate_world, in_axes=(0, None, None))(keys, self.params, self.static_params)
+        """One fresh world per key, with the keys' leading axes."""
+        states = jax.vmap(generate_world, in_axes=(0, None, None))(keys.reshape(-1), self.params, self.static_params)
         # craftax returns weakly typed numbers here and strong ones from a step, which would compile everything twice.
+        states = jax.tree.map(lambda x: x.reshape(*keys.shape, *x.shape[1:]), states)
         return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), states)
 
 
 def _start_episodes(state: VectorState, done: jax.Array) -> VectorState:
-    """Give each finished env the next world of the pool."""
+    """Give each finished env the next world of its pool."""
     pool = state.pool
-    pool_size = pool.worlds.timestep.shape[0]
-    index = pool.used + jnp.cumsum(done) - 1  # (N,) which world an env would get, counted from the last refill
+    num_pools, pool_size = pool.worlds.timestep.shape
+    done = done.reshape(num_pools, -1)
+    # (G, N / G) which world an env would get, counted from the last refill
+    index = pool.used[:, None] + jnp.cumsum(done, axis=1) - 1
+    chosen = (jnp.arange(num_pools)[:, None] * pool_size + index % pool_size).reshape(-1)
 
     def choose(world: jax.Array, env: jax.Array) -> jax.Array:
-        return jnp.where(done.reshape(-1, *[1] * (env.ndim - 1)), world[index % pool_size], env)
+        new = world.reshape(-1, *world.shape[2:])[chosen]
+        return jnp.where(done.reshape(-1, *[1] * (env.ndim - 1)), new, env)
 
     envs = jax.tree.map(choose, pool.worlds, state.envs)
-    reused = (done & (index >= pool_size)).sum(dtype=jnp.int32)
-    used = pool.used + done.sum(dtype=jnp.int32)
+    reused = (done & (index >= pool_size)).sum(1, dtype=jnp.int32)
+    used = pool.used + done.sum(1, dtype=jnp.int32)
     return VectorState(envs, Pool(pool.worlds, used, pool.reused + reused))
 
 
@@ -189,6 +198,7 @@ def _observe(state: EnvState) -> jax.Array:
 
 @partial(jax.jit, static_argnums=(0, 2))
 def _random_observations(env: CraftaxEnv, key: jax.Array, n: int) -> jax.Array:
+    env = replace(env, num_pools=1)
     key_reset, key_walk, key_mix = jax.random.split(key, 3)
     num_envs = min(n, 64)
     num_steps = -(-n // num_envs)
@@ -196,12 +206,12 @@ def _random_observations(env: CraftaxEnv, key: jax.Array, n: int) -> jax.Array:
     def step(state: VectorState, key: jax.Array) -> tuple[VectorState, None]:
         key_action, key_step = jax.random.split(key)
         action = jax.random.randint(key_action, (num_envs,), 0, env.num_actions)
-        return env.step(key_step, state, action)[0], None
+        return env.step(jax.random.split(key_step, num_envs), state, action)[0], None
 
     def walk(state: VectorState, key: jax.Array) -> tuple[VectorState, jax.Array]:
         key_steps, key_refill = jax.random.split(key)
         state, _ = jax.lax.scan(step, state, jax.random.split(key_steps, 10))  # so that neighbours in the sample differ
-        return env.refill(key_refill, state), env.observe(state)
+        return env.refill(key_refill[None], state), env.observe(state)
 
     _, obs = jax.lax.scan(walk, env.reset(key_reset, num_envs), jax.random.split(key_walk, num_steps))
     obs = obs.reshape(-1, obs.shape[-1])[:n]

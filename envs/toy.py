@@ -28,6 +28,7 @@ class ToyState:
 @dataclass(frozen=True)
 class ToyEnv:
     name: str = "Toy-v0"
+    num_pools: int = 1
     num_actions: int = 3  # chop, drink, nothing
     achievements: tuple[str, ...] = ("collect_wood", "collect_drink")
 
@@ -35,19 +36,19 @@ class ToyEnv:
         target = jax.random.bernoulli(key, shape=(num_envs,)).astype(jnp.int32)
         return ToyState(target, jnp.zeros(num_envs, jnp.int32), jnp.zeros((num_envs, 2), bool))
 
-    def refill(self, key: jax.Array, state: ToyState) -> ToyState:
+    def refill(self, keys: jax.Array, state: ToyState) -> ToyState:
         return state
 
     def observe(self, state: ToyState) -> jax.Array:
         return jnp.stack([state.target, state.time], -1).astype(jnp.uint8)
 
-    def step(self, key: jax.Array, state: ToyState, action: jax.Array) -> tuple[ToyState, jax.Array, jax.Array, dict]:
+    def step(self, keys: jax.Array, state: ToyState, action: jax.Array) -> tuple[ToyState, jax.Array, jax.Array, dict]:
         right = action == state.target
         hit = (state.target[:, None] == jnp.arange(2)) & right[:, None]  # (N, 2)
         reached = jnp.zeros((*action.shape, NUM_BASIC), bool).at[:, _GOALS].set(hit)
         unlocked = state.unlocked | hit
         done = state.time + 1 >= EPISODE_LENGTH
-        target = jax.random.bernoulli(key, shape=action.shape).astype(jnp.int32)
+        target = jax.vmap(jax.random.bernoulli)(keys).astype(jnp.int32)
         info = {"reached": reached, "worked": reached, "achievements": unlocked}
         state = ToyState(target, jnp.where(done, 0, state.time + 1), unlocked & ~done[:, None])
         return state, right.astype(jnp.float32), done, info

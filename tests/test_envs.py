@@ -22,8 +22,8 @@ from envs.vocabulary import ACHIEVEMENTS, BASIC_SUB_GOALS, FACTS, LOW
 
 N = 4
 SHORT = CraftaxEnv(pool_size=8, params=EnvParams(max_timesteps=6))
-STEP = jax.jit(lambda key, state, action: SHORT.step(key, state, action))
-REFILL = jax.jit(SHORT.refill)
+STEP = jax.jit(lambda key, state, action: SHORT.step(jax.random.split(key, N), state, action))
+REFILL = jax.jit(lambda key, state: SHORT.refill(key[None], state))
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +70,14 @@ def unique_maps(maps):
 def test_each_world_of_the_pool_is_handed_out_once_while_it_lasts(start):
     state, maps = hand_out(start, 2)  # 8 episodes, 8 worlds
     assert unique_maps(maps) == 8
-    assert {m.tobytes() for m in maps} == {m.tobytes() for m in np.asarray(start.pool.worlds.map)}
-    assert int(state.pool.used) == 8 and int(state.pool.reused) == 0
+    assert {m.tobytes() for m in maps} == {m.tobytes() for m in np.asarray(start.pool.worlds.map[0])}
+    assert state.pool.used.tolist() == [8] and state.pool.reused.tolist() == [0]
 
 
 def test_an_empty_pool_reuses_worlds_and_counts_it(start):
     state, maps = hand_out(start, 3)  # 12 episodes, 8 worlds
     assert unique_maps(maps) == 8
-    assert int(state.pool.reused) == 4
+    assert state.pool.reused.tolist() == [4]
     np.testing.assert_array_equal(maps[8:], maps[:4])
 
 
@@ -85,14 +85,30 @@ def test_unused_worlds_carry_over_a_refill(start):
     state, used = hand_out(start, 1)
     env = CraftaxEnv(pool_size=16)
     big = jax.jit(env.reset, static_argnums=1)(jax.random.key(3), N)
-    big = dataclasses.replace(big, pool=dataclasses.replace(big.pool, used=jnp.int32(5)))
-    refilled = jax.jit(env.refill)(jax.random.key(4), big)
-    old, new = np.asarray(big.pool.worlds.map), np.asarray(refilled.pool.worlds.map)
+    big = dataclasses.replace(big, pool=dataclasses.replace(big.pool, used=jnp.array([5])))
+    refilled = jax.jit(env.refill)(jax.random.key(4)[None], big)
+    old, new = np.asarray(big.pool.worlds.map[0]), np.asarray(refilled.pool.worlds.map[0])
     replaced = [i for i in range(16) if old[i].tobytes() != new[i].tobytes()]
     assert replaced == list(range(8))  # 5 used ones, rounded up to a chunk of 8
-    assert int(refilled.pool.used) == 0 and unique_maps(new) == 16
+    assert refilled.pool.used.tolist() == [0] and unique_maps(new) == 16
     after = REFILL(jax.random.key(5), state)
-    assert not {m.tobytes() for m in used} & {m.tobytes() for m in np.asarray(after.pool.worlds.map)}
+    assert not {m.tobytes() for m in used} & {m.tobytes() for m in np.asarray(after.pool.worlds.map[0])}
+
+
+def test_pools_serve_their_own_envs_only():
+    """As if each were an env of its own, which is what lets devices work apart."""
+    both = CraftaxEnv(pool_size=2, num_pools=2)
+    state = jax.jit(both.reset, static_argnums=1)(jax.random.key(0), N)
+    dead = state.envs.replace(player_health=jnp.array([0.0, 9.0, 0.0, 0.0]).astype(state.envs.player_health.dtype))
+    keys = jax.random.split(jax.random.key(1), N)
+    noop = jnp.zeros(N, jnp.int32)
+    state = jax.jit(both.step)(keys, dataclasses.replace(state, envs=dead), noop)[0]
+    maps, worlds = np.asarray(state.envs.map), np.asarray(state.pool.worlds.map)
+    np.testing.assert_array_equal(maps[0], worlds[0, 0])
+    np.testing.assert_array_equal(maps[2:], worlds[1])
+    assert state.pool.used.tolist() == [1, 2]
+    refilled = jax.jit(both.refill)(jax.random.split(jax.random.key(2), 2), state)
+    assert refilled.pool.used.tolist() == [0, 0] and unique_maps(refilled.pool.worlds.map.reshape(4, 64, 64)) == 4
 
 
 def test_no_env_ever_mixes_two_worlds(start):
@@ -103,8 +119,8 @@ def test_no_env_ever_mixes_two_worlds(start):
     for _, before, _, after, _, done, _ in steps:
         for i in np.flatnonzero(done):
             begun += 1
-            index = int(before.pool.used) + int(np.asarray(done)[:i].sum())
-            expected = jax.tree.map(lambda x, j=index: np.asarray(raw(x)[j]), before.pool.worlds)
+            index = int(before.pool.used[0]) + int(np.asarray(done)[:i].sum())
+            expected = jax.tree.map(lambda x, j=index: np.asarray(raw(x)[0, j]), before.pool.worlds)
             got = jax.tree.map(lambda x, j=i: np.asarray(raw(x)[j]), after.envs)
             jax.tree.map(np.testing.assert_array_equal, got, expected)
     assert begun == N
@@ -133,7 +149,7 @@ def test_done_and_reward_are_those_of_craftax_with_its_own_auto_reset(start):
 def test_reset_has_no_weak_types(start):
     """craftax's has, which once compiled every phase twice."""
     assert not [x for x in jax.tree.leaves(start) if getattr(x, "weak_type", False)]
-    after = jax.eval_shape(SHORT.step, jax.random.key(0), start, jnp.zeros(N, jnp.int32))[0]
+    after = jax.eval_shape(STEP, jax.random.key(0), start, jnp.zeros(N, jnp.int32))[0]
     assert jax.tree.map(lambda x: (x.shape, x.dtype), start) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
 
 
@@ -373,7 +389,7 @@ def test_the_toy_pays_for_the_right_action():
     state = env.reset(jax.random.key(0), 16)
     total = 0.0
     for t in range(EPISODE_LENGTH):
-        state, reward, done, info = env.step(jax.random.key(t), state, state.target)
+        state, reward, done, info = env.step(jax.random.split(jax.random.key(t), 16), state, state.target)
         total += float(reward.mean())
         assert (np.asarray(info["reached"]).sum(1) == 1).all()
         assert bool(done.all()) == (t == EPISODE_LENGTH - 1)

@@ -544,19 +544,20 @@ class Coin:
     """Probe env with a known value: reward 1 at every step, episodes of 4 steps, no observation of the time."""
 
     name: str = "Coin"
+    num_pools: int = 1
     num_actions: int = 2
     achievements: tuple[str, ...] = ("a",)
 
     def reset(self, key, num_envs):
         return jnp.zeros(num_envs, jnp.int32)
 
-    def refill(self, key, state):
+    def refill(self, keys, state):
         return state
 
     def observe(self, state):
         return state[:, None].astype(jnp.uint8)
 
-    def step(self, key, state, action):
+    def step(self, keys, state, action):
         done = state >= 3
         empty = jnp.zeros((*state.shape, NUM_BASIC), bool)
         return jnp.where(done, 0, state + 1), jnp.ones(state.shape), done, {

@@ -185,6 +185,24 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """q (B, T, H, hd), k and v (B, KV, S, hd), mask (B, T, S) -> (B, T, H, hd). Each head of k serves H / KV of q.
+
+    `jax.nn.dot_product_attention` wants k and v as (B, S, KV, hd), and transposes them for its matmuls: when decoding
+    on a CPU it takes six times as long. Where the mask hides all (padding), everything is averaged: finite, and nothing
+    reads it.
+    """
+    (batch, length, heads, size), groups = q.shape, k.shape[1]
+    q = (q / math.sqrt(size)).reshape(batch, length, groups, -1, size).transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum("bgqh,bgsh->bgqs", q.reshape(batch, groups, -1, size), k).astype(jnp.float32)
+    scores = scores.reshape(batch, groups, -1, length, k.shape[2])
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    y = jnp.einsum("bgqs,bgsh->bgqh", weights.astype(v.dtype).reshape(batch, groups, -1, k.shape[2]), v)
+    y = y.reshape(batch, groups, -1, length, size) / weights.sum(-1, keepdims=True).astype(v.dtype)
+    return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
+
+
 def project(x: jax.Array, layer: Tree, name: str, lora: LoraConfig, key: jax.Array | None) -> jax.Array:
     """x (B, T, in) -> (B, T, out), with bias and LoRA's correction where the layer has them; a key means dropout."""
     y = x @ layer[name]
@@ -216,11 +234,12 @@ class Decoder(nnx.Module):
         `starts` (B, T) is the column at which each token's own text begins. It sees columns starts..itself, and its
         position is counted from there. It also sees the first `shared` (B, T) columns, as if they came before its own
         text. One mechanism for left-padded prompts that begin alike and for rows of several texts (`pack`).
-        `cache`: (keys, values), each (L, B, S, KV, hd), of which columns index..index+T are written; None: no cache.
+        `cache`: (keys, values), each (L, B, KV, S, hd), of which columns index..index+T are written; None: no cache.
         `key`: of LoRA's dropout, in training.
         """
         columns = index + jnp.arange(tokens.shape[1])  # (T,)
-        seen = jnp.arange(tokens.shape[1] if cache is None else cache[0].shape[2])  # (S,)
+        # Columns after the tokens need not be looked at, where it is known how many those are.
+        seen = jnp.arange(index + tokens.shape[1] if isinstance(index, int) else cache[0].shape[3])  # (S,)
         shared = jnp.broadcast_to(shared, starts.shape)
         mask = (seen[None, None] >= starts[:, :, None]) | (seen[None, None] < shared[:, :, None])
         mask = mask & (seen[None, None] <= columns[None, :, None])  # (B, T, S)
@@ -253,15 +272,14 @@ class Decoder(nnx.Module):
         )
         if c.qk_norm:
             q, k = rms_norm(q, layer["q_norm"], c.rms_norm_eps), rms_norm(k, layer["k_norm"], c.rms_norm_eps)
-        q, k = rotate(q, angles), rotate(k, angles)
+        q, k, v = rotate(q, angles), rotate(k, angles).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
         if cache is not None:
             cache = tuple(
-                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (depth, 0, index, 0, 0))
+                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (depth, 0, 0, index, 0))
                 for old, new in zip(cache, (k, v), strict=True)
             )
             k, v = (jax.lax.dynamic_index_in_dim(both, depth, keepdims=False) for both in cache)
-        # Where the mask hides all (padding), this averages everything: finite, and nothing reads it.
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+        y = attention(q, *(part[:, :, : mask.shape[2]] for part in (k, v)), mask)
         return project(y.reshape(batch, length, -1), layer, "o", self.lora_config, key), cache
 
     def transform(self, layer: Tree, x: jax.Array, key: Any) -> jax.Array:
@@ -515,20 +533,24 @@ def left_pad(texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 def sample_token(logits: jax.Array, row_keys: jax.Array, step: jax.Array, temperature: jax.Array) -> jax.Array:
     """logits (B, V) -> tokens (B,): greedy at temperature 0. A key per row: its text ignores the batch."""
-    keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
-    drawn = jax.vmap(jax.random.categorical)(keys, logits / jnp.maximum(temperature, 1e-6))
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, -1)).astype(jnp.int32)
+
+    def draw(logits: jax.Array) -> jax.Array:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, step)
+        return jax.vmap(jax.random.categorical)(keys, logits / temperature)
+
+    # A branch, not a choice: random numbers for a large vocabulary cost a fifth of a token on a CPU.
+    return jax.lax.cond(temperature > 0, draw, lambda x: jnp.argmax(x, -1), logits).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames="graphdef")
 def read_prefix(graphdef: Any, base: Tree, lora: Tree, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What all prompts begin with, tokens (1, P): its keys and values, each (L, 1, P, KV, hd)."""
+    """What all prompts begin with, tokens (1, P): its keys and values, each (L, 1, KV, P, hd)."""
     model = nnx.merge(graphdef, lora, base)
     return model(tokens, jnp.zeros_like(tokens), 0, empty_cache(model.config, base, 1, tokens.shape[1]))[1]
 
 
 def empty_cache(config: LmConfig, base: Tree, batch: int, length: int) -> tuple[jax.Array, jax.Array]:
-    shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
     return jnp.zeros(shape, base["params"]["embed"].dtype), jnp.zeros(shape, base["params"]["embed"].dtype)
 
 
@@ -543,10 +565,10 @@ def generate(
     Rows that are not `live` (B,) have ended from the start; `rows` (B,) numbers them for their random keys.
     """
     model = nnx.merge(graphdef, lora, base)
-    (batch, length), shared = tokens.shape, 0 if prefix is None else prefix[0].shape[2]
+    (batch, length), shared = tokens.shape, 0 if prefix is None else prefix[0].shape[3]
     cache = empty_cache(model.config, base, batch, shared + length + max_new_tokens)
     if prefix is not None:
-        cache = tuple(c.at[:, :, :shared].set(p) for c, p in zip(cache, prefix, strict=True))
+        cache = tuple(c.at[:, :, :, :shared].set(p) for c, p in zip(cache, prefix, strict=True))
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
     starts = starts[:, None] + shared
     hidden, cache = model(tokens, jnp.broadcast_to(starts, tokens.shape), shared, cache, shared)

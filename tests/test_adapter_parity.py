@@ -104,7 +104,7 @@ def test_logits_after_a_shared_prefix(pair):
     tokens, starts = ra.left_pad([rest.tolist() for rest in rests])
     net = merged(adapter)
     cache = ra.empty_cache(adapter.config, adapter.base, len(tokens), 40 + tokens.shape[1])
-    cache = tuple(c.at[:, :, :40].set(p) for c, p in zip(cache, keys_values, strict=True))
+    cache = tuple(c.at[:, :, :, :40].set(p) for c, p in zip(cache, keys_values, strict=True))
     columns = jnp.broadcast_to(40 + starts[:, None], tokens.shape)
     ours = np.asarray(net.logits(net(jnp.asarray(tokens), columns, 40, cache, 40)[0]))
     for i, rest in enumerate(rests):

@@ -1,9 +1,10 @@
-"""Markdown tables of README and docs/benchmarks.md, made from VARIANTS and the committed results.
+"""Markdown tables of README and docs, made from VARIANTS and the committed results.
 
 They stand between <!-- name --> and <!-- /name -->; `python benchmarks/plot.py` writes them, a test fails when they
 are not what is generated here.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from run import ROOT, VARIANTS
 from stats import bootstrap_interval, iqm, paired_difference, probability_of_improvement
 
 FULL = "guided"  # the full method
+SPEED = ROOT / "benchmarks" / "results"  # adapter_speed.json, throughput.json
 # Method, observation, LLM, env steps, score %, return, reward % of 22. "(S)": taken from another work's table.
 PUBLISHED = (
     ("human expert (Hafner 2021)", "pixels", "", "", 50.5, 14.3, 65.0),
@@ -139,14 +141,38 @@ def what(name: str) -> str:
     return VARIANTS[name].what if name in VARIANTS else name
 
 
+def adapter_speed_table() -> str:
+    """The adapter beside torch."""
+    result = json.loads((SPEED / "adapter_speed.json").read_text())
+    header = ["", "whole batch, s", "prefill, tokens/s", "decoding, tokens/s", "peak memory, GB"]
+    names = ("total_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_gb")
+    rows = [
+        [label, *(f"{result[kind][name]:.{digits}f}" for name, digits in zip(names, (1, 0, 0, 2), strict=True))]
+        for kind, label in (("ours", "ours"), ("torch", "torch, `generate`"))
+    ]
+    return markdown(header, rows)
+
+
+def throughput_table() -> str:
+    """Steps per second, and the ratios that count."""
+    result = json.loads((SPEED / "throughput.json").read_text())
+    rates = [[name, f"{rate:,.0f}"] for name, rate in result["steps_per_second"].items()]
+    ratios = [[name, f"{value:.2f}"] for name, value in result["ratios"].items()]
+    ratios += [[f"first update after a {name} start", f"{s:.0f} s"] for name, s in result["start_up_seconds"].items()]
+    return markdown(["", "env steps/s"], rates) + "\n\n" + markdown(["ratio of the rates, median over turns", ""], ratios)
+
+
 def generated(results: Results) -> dict[tuple[Path, str], str]:
     """Every generated table: (file, name of its markers) -> text"""
     readme, docs = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+    adapter, speed = ROOT / "docs" / "adapter.md", ROOT / "docs" / "speed.md"
     return {
         (readme, "methods"): methods_table(),
         (readme, "results"): results_table(results),
         (docs, "aggregate"): aggregate_table(results),
         (docs, "published"): published_table(results),
+        (adapter, "speed"): adapter_speed_table(),
+        (speed, "throughput"): throughput_table(),
     }
 
 

@@ -159,7 +159,8 @@ def throughput_table() -> str:
     rates = [[name, f"{rate:,.0f}"] for name, rate in result["steps_per_second"].items()]
     ratios = [[name, f"{value:.2f}"] for name, value in result["ratios"].items()]
     ratios += [[f"first update after a {name} start", f"{s:.0f} s"] for name, s in result["start_up_seconds"].items()]
-    return markdown(["", "env steps/s"], rates) + "\n\n" + markdown(["ratio of the rates, median over turns", ""], ratios)
+    tables = markdown(["", "env steps/s"], rates), markdown(["ratio of the rates, median over turns", ""], ratios)
+    return "\n\n".join(tables)
 
 
 def generated(results: Results) -> dict[tuple[Path, str], str]:

@@ -2,8 +2,8 @@
 
 A mesh with one axis. The envs are split over it, and so is every minibatch; parameters, rollouts to be shuffled and the
 guidance table are whole on every device. The same program runs on one device and on many: XLA splits what the calls of
-`split`, `spread` and `replicate` say, so that results differ by the order of float sums only. With `mesh` None, for one
-device, all of this does nothing.
+`split`, `each` and `replicate` say, so that results differ by the order of float sums only, where the env's pools are
+the same (`envs.make_env`). With `mesh` None, for one device, all of this does nothing.
 
 With many processes, every process runs the same script. Process 0, the leader, keeps the run folder, asks adapter and
 LLM, and hands the table to the others (`from_leader`); they bring their devices.
@@ -107,8 +107,12 @@ def whole(mesh: Mesh | None, tree: Pytree) -> Pytree:
     """numpy arrays of what is split; random keys as their data. All processes must call it."""
     tree = jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
     if mesh is not None:
-        tree = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
+        tree = jax.jit(_same, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
     return jax.tree.map(np.asarray, tree)
+
+
+def _same(tree: Pytree) -> Pytree:  # of one name, so that it compiles once
+    return tree
 
 
 def like(tree: Pytree, template: Pytree) -> Pytree:
@@ -156,7 +160,7 @@ def all_or_none() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if jax.process_count() > 1:
+        if jax.distributed.is_initialized():
             traceback.print_exc()
             leave(1)
         raise
@@ -164,7 +168,7 @@ def all_or_none() -> Iterator[None]:
 
 def leave(code: int) -> int:
     """The code; but one of several processes ends here, without the farewell that the others would not answer."""
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         return code
     sys.stdout.flush()
     sys.stderr.flush()

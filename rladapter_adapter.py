@@ -193,13 +193,13 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     reads it.
     """
     (batch, length, heads, size), groups = q.shape, k.shape[1]
-    q = (q / math.sqrt(size)).reshape(batch, length, groups, -1, size).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum("bgqh,bgsh->bgqs", q.reshape(batch, groups, -1, size), k).astype(jnp.float32)
-    scores = scores.reshape(batch, groups, -1, length, k.shape[2])
+    q = q.reshape(batch, length, groups, -1, size).transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, size)
+    in_f32 = partial(jnp.einsum, preferred_element_type=jnp.float32)  # bf16 would round scores by a quarter
+    scores = in_f32("bgqh,bgsh->bgqs", q, k).reshape(batch, groups, -1, length, k.shape[2]) / math.sqrt(size)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    y = jnp.einsum("bgqs,bgsh->bgqh", weights.astype(v.dtype).reshape(batch, groups, -1, k.shape[2]), v)
-    y = y.reshape(batch, groups, -1, length, size) / weights.sum(-1, keepdims=True).astype(v.dtype)
+    y = in_f32("bgqs,bgsh->bgqh", weights.astype(v.dtype).reshape(batch, groups, -1, k.shape[2]), v)
+    y = (y.reshape(batch, groups, -1, length, size) / weights.sum(-1, keepdims=True)).astype(v.dtype)
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
 
 

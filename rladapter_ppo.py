@@ -1406,7 +1406,7 @@ def prepare(args: Args, folder: Path, resume: bool, argv: list[str]) -> Session:
     adapter = make_adapter(args) if leads else rladapter_adapter.NoAdapter()
     key_agent, key_runner = jax.random.split(jax.random.key(args.seed))
     agent, params = make_agent(args, env, key_agent, mesh)
-    params, key_runner = devices.everywhere(mesh, (params, key_runner))
+    params, key_runner = devices.everywhere(mesh, (devices.from_leader(params), key_runner))
     runner, obs = jax.jit(first_runner, static_argnums=(0, 1))(args, agent, params, key_runner)
     obs = np.asarray(obs)
     records = Records(args, env.num_actions, obs.shape[1:])
@@ -1666,22 +1666,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str]) -> int:
     args = tyro.cli(Args, args=argv)
-    try:
-        folder, session = start(args, argv)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return devices.leave(2)
-    if session is None:
-        return 0
     status = TextColumn("{task.percentage:>3.0f}%  {task.fields[status]}")
     columns = TextColumn("{task.description}"), BarColumn(), status, TimeElapsedColumn(), TimeRemainingColumn()
-    console = Console(quiet=not devices.is_leader())
     try:
-        with Progress(*columns, console=console) as progress:
+        try:
+            folder, session = start(args, argv)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return devices.leave(2)
+        if session is None:
+            return 0
+        with Progress(*columns, console=Console(quiet=not devices.is_leader())) as progress:
             summary = train(session, progress)
     except KeyboardInterrupt:
         print("stopped at once; what was saved before can be resumed", file=sys.stderr)
-        return 130
+        return devices.leave(130)
     if not devices.is_leader():
         return 130 if summary is None else 0
     if summary is None:

@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py                                           # some 6 minutes on two cores
     python benchmarks/throughput.py --json benchmarks/results/throughput.json
+    python benchmarks/throughput.py --scale 64 256 1024 4096 --json benchmarks/results/scale.json
     python benchmarks/throughput.py --check benchmarks/results/throughput.json    # exit code 1: a ratio fell by 20 %
 
 All that is compared takes turns, so that a machine that slows down slows all of it, and only ratios are compared.
@@ -47,7 +48,6 @@ RATIOS = (
     ("guided without adapter / unguided", "guided, no adapter", "unguided"),
     ("our resets / optimistic resets", "env, our resets", "env, optimistic resets"),
     ("our resets / craftax's auto-reset", "env, our resets", "env, craftax's auto-reset"),
-    ("rollout / env", "rollout", "env, our resets"),
     ("unguided / rollout", "unguided", "rollout"),
 )
 ALLOWED_LOSS = 0.2
@@ -63,12 +63,14 @@ class Options:
     """steps of a rollout"""
     trainings: bool = True
     """--no-trainings measures env and rollout only"""
+    scale: tuple[int, ...] = ()
+    """measure only guided updates and their memory, with these numbers of envs, each in a process of its own"""
     json: Path | None = None
     """also write the result here"""
     check: Path | None = None
     """compare the ratios with those of this result; exit code 1 where one is lower by more than 20 %"""
-    start_up: bool = False
-    """internal: be the process that is timed until its first update is done"""
+    child: bool = False
+    """internal: be a process that does --turns updates after its first one"""
 
 
 # ------------------------------------------------------------------------------------------------------ the env alone
@@ -186,23 +188,45 @@ def take_turns(players: dict[str, Any], turns: int) -> None:
         del player.seconds[0]
 
 
-def start_up() -> None:
-    """A process that ends with the first update of a guided training."""
-    args = rl.Args()
+def be_child(options: Options) -> None:
+    """A guided training of one update and --turns more, whose times and peak memory are printed."""
+    args = replace(training_args(options), updates_per_phase=1)
     rl.configure_jax(args)
     with tempfile.TemporaryDirectory() as folder:
-        Trainee(args, Path(folder) / "run").turn(0)
+        trainee = Trainee(args, Path(folder) / "run")
+        for i in range(1 + options.turns):
+            trainee.turn(i)
+    print(json.dumps({"seconds": trainee.seconds, "peak_memory_gb": peak_memory()}))
 
 
-def time_start_up() -> dict[str, float]:
-    """Seconds of such a process: cold, with an empty cache of compiled programs, and warm."""
-    seconds = {}
+def run_child(turns: int, num_envs: int, cache: str) -> tuple[float, dict[str, Any]]:
+    """Seconds of the whole process, and what it printed."""
+    command = [sys.executable, __file__, "--child", "--turns", str(turns), "--num-envs", str(num_envs)]
+    start, environment = time.perf_counter(), os.environ | {"RLADAPTER_CACHE": cache}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return time.perf_counter() - start, json.loads(done.stdout.splitlines()[-1])
+
+
+def time_start_up(options: Options) -> dict[str, float]:
+    """Seconds of a process that ends with its first update: with an empty cache of compiled programs, and warm."""
     with tempfile.TemporaryDirectory() as cache:
-        for name in ("cold", "warm"):
-            start, environment = time.perf_counter(), os.environ | {"RLADAPTER_CACHE": cache}
-            subprocess.run([sys.executable, __file__, "--start-up"], env=environment, capture_output=True, check=True)
-            seconds[name] = time.perf_counter() - start
-    return seconds
+        return {name: run_child(0, options.num_envs, cache)[0] for name in ("cold", "warm")}
+
+
+def measure_scale(options: Options) -> list[dict[str, float]]:
+    rows = []
+    for num_envs in options.scale:
+        with tempfile.TemporaryDirectory() as cache:
+            _, child = run_child(2, num_envs, cache)
+        rate = num_envs * rl.Args().num_steps / float(np.median(child["seconds"][1:]))
+        rows.append({"num_envs": num_envs, "steps_per_second": rate, "peak_memory_gb": child["peak_memory_gb"]})
+        print(rows[-1], file=sys.stderr)
+    return rows
+
+
+def peak_memory() -> float:
+    """GB of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -212,6 +236,11 @@ def ratio(players: dict[str, Any], over: str, under: str, steps: dict[str, int])
     """Of the rates, the median over the turns: each beside the one next to it in time."""
     quotients = np.array(players[under].seconds) / np.array(players[over].seconds)
     return float(np.median(quotients)) * steps[over] / steps[under]
+
+
+def all_ratios(players: dict[str, Any], steps: dict[str, int]) -> dict[str, float]:
+    """RATIOS of these players, which took turns."""
+    return {name: ratio(players, over, under, steps) for name, over, under in RATIOS if {over, under} <= set(players)}
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -225,30 +254,32 @@ def measure(options: Options) -> dict[str, Any]:
     steps = dict.fromkeys(players, args.batch_size)
     steps["env, craftax's auto-reset"] = args.num_envs * -(-args.num_steps // SHORTER)
     take_turns(players, options.turns)
-    compile_seconds, start_up_seconds = {}, {}
+    ratios, compile_seconds, start_up_seconds = all_ratios(players, steps), {}, {}
     if options.trainings:
         with tempfile.TemporaryDirectory() as folder:
             trainees = {
                 name: Trainee(replace(args, **changes), Path(folder) / str(i))
                 for i, (name, changes) in enumerate(TRAININGS.items())
             }
-            # An env and a rollout in between, to be compared with.
-            again = {name: Player(players[name].state, players[name].play) for name in ("env, our resets", "rollout")}
-            take_turns(trainees | again, options.turns)
-        players |= trainees
-        players["rollout"].seconds = again["rollout"].seconds
-        steps |= dict.fromkeys(trainees, args.batch_size * args.updates_per_phase)
+            steps |= dict.fromkeys(trainees, args.batch_size * args.updates_per_phase)
+            # A rollout once more, to be compared with the trainings beside it.
+            beside = trainees | {"rollout": Player(players["rollout"].state, players["rollout"].play)}
+            take_turns(beside, options.turns)
+        players, ratios = players | beside, ratios | all_ratios(beside, steps)
         compile_seconds = {name: trainee.compile_seconds for name, trainee in trainees.items()}
-        start_up_seconds = time_start_up()
+        start_up_seconds = time_start_up(options)
     rates = {name: steps[name] / float(np.median(player.seconds)) for name, player in players.items()}
     return {
         "num_envs": options.num_envs, "num_steps": options.num_steps, "steps_per_second": rates,
-        "ratios": {name: ratio(players, a, b, steps) for name, a, b in RATIOS if {a, b} <= set(players)},
+        "ratios": ratios,
         "compile_seconds": compile_seconds, "start_up_seconds": start_up_seconds,
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "device": f"{jax.default_backend()}: {jax.devices()[0].device_kind}", "num_cpus": os.cpu_count(),
-        "git_commit": runs.describe_machine()["git_commit"],
+        "peak_memory_gb": peak_memory(),
     }  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    described = runs.describe_machine()
+    return {name: described[name] for name in ("device", "num_cpus", "git_commit")}
 
 
 def check(result: dict[str, Any], expected: dict[str, Any]) -> int:
@@ -263,10 +294,10 @@ def check(result: dict[str, Any], expected: dict[str, Any]) -> int:
 
 
 def main(options: Options) -> int:
-    if options.start_up:
-        start_up()
+    if options.child:
+        be_child(options)
         return 0
-    result = measure(options)
+    result = ({"scale": measure_scale(options)} if options.scale else measure(options)) | machine()
     text = json.dumps(result, indent=1)
     print(text)
     if options.json:

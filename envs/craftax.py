@@ -94,14 +94,21 @@ class CraftaxEnv:
         pool = state.pool
         # The last chunk may reach over the used worlds: what it overwrites there is as fresh as what it writes.
         chunk = min(max(REFILL_CHUNK, self.pool_size // 16), self.pool_size)
-        num_chunks = (jnp.minimum(pool.used.max(), self.pool_size) + chunk - 1) // chunk
+        num_chunks = (jnp.minimum(pool.used, self.pool_size) + chunk - 1) // chunk  # (G,)
 
         def make_chunk(i: jax.Array, worlds: EnvState) -> EnvState:
             new = self._generate(jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, i), chunk))(keys))
             start = jnp.minimum(i * chunk, self.pool_size - chunk)
-            return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, start, 1), worlds, new)
 
-        worlds = jax.lax.fori_loop(0, num_chunks, make_chunk, pool.worlds)
+            def put(old: jax.Array, x: jax.Array) -> jax.Array:
+                # A pool that needs no more keeps what it has, however many others there are on this device.
+                kept = jax.lax.dynamic_slice_in_dim(old, start, chunk, 1)
+                x = jnp.where((i < num_chunks).reshape(-1, *[1] * (x.ndim - 1)), x, kept)
+                return jax.lax.dynamic_update_slice_in_dim(old, x, start, 1)
+
+            return jax.tree.map(put, worlds, new)
+
+        worlds = jax.lax.fori_loop(0, num_chunks.max(), make_chunk, pool.worlds)
         return VectorState(state.envs, Pool(worlds, jnp.zeros_like(pool.used), pool.reused))
 
     def step(

@@ -111,6 +111,17 @@ def test_pools_serve_their_own_envs_only():
     assert refilled.pool.used.tolist() == [0, 0] and unique_maps(refilled.pool.worlds.map.reshape(4, 64, 64)) == 4
 
 
+def test_a_pool_that_needs_fewer_worlds_keeps_the_others():
+    """As it would on a device of its own: results must not depend on how many pools share one."""
+    env = CraftaxEnv(pool_size=24, num_pools=2)
+    state = jax.jit(env.reset, static_argnums=1)(jax.random.key(0), N)
+    state = dataclasses.replace(state, pool=dataclasses.replace(state.pool, used=jnp.array([3, 20])))
+    refilled = jax.jit(env.refill)(jax.random.split(jax.random.key(1), 2), state)
+    old, new = np.asarray(state.pool.worlds.map), np.asarray(refilled.pool.worlds.map)
+    changed = (old != new).any((2, 3)).sum(1).tolist()
+    assert changed == [8, 24]  # in chunks of 8
+
+
 def test_no_env_ever_mixes_two_worlds(start):
     """A new episode's state is one world of the pool in every array, also where neighbours go on."""
     uneven = start.envs.replace(timestep=jnp.arange(N, dtype=jnp.int32))  # episodes end one after the other

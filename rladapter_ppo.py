@@ -680,13 +680,6 @@ def in_background(function: Any) -> Any:
     return wait
 
 
-def refine_guidance(
-    args: Args, env: Any, phase: int, records: Records, queries: list[Query], adapter: Any, llm: Any, key: jax.Array
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Ask adapter and LLM about all queries in one batch, and write what they say into the records."""
-    return store_answers(phase, records, ask_guide(args, env, queries, adapter, llm, key), llm)
-
-
 def store_answers(
     phase: int, records: Records, pause: Pause, llm: Any
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -1399,6 +1392,8 @@ def prepare(args: Args, folder: Path, resume: bool, argv: list[str]) -> Session:
     start, leads = time.perf_counter(), devices.is_leader()
     mesh = make_mesh(args)
     env = make_env(args.env_id, args.num_envs, devices.count(mesh))
+    if args.track:
+        runs.import_wandb()
     if not resume and leads:
         runs.check_free(folder)
     # Of several processes the first one asks adapter and LLM; the others are handed the table.

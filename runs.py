@@ -163,14 +163,19 @@ def _append(path: Path, text: str) -> None:
             raise
 
 
-def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
+def import_wandb() -> Any:
+    """Raises ValueError, one line, where it is not installed."""
     try:
         import wandb
     except ImportError:
         raise ValueError(
             "--track: Weights & Biases is not installed; pip install wandb, or leave --track out"
         ) from None
-    return wandb.init(project="rladapter-jax", name=folder.name, dir=str(folder), config=config["flags"])
+    return wandb
+
+
+def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
+    return import_wandb().init(project="rladapter-jax", name=folder.name, dir=str(folder), config=config["flags"])
 
 
 class Checkpoints:

@@ -1,14 +1,19 @@
 """Env steps per second: of the env alone, of rollouts, of training with guidance and without, in one run.
 
-    python benchmarks/throughput.py                                           # some 6 minutes on two cores
+    python benchmarks/throughput.py                                           # half an hour on two cores
     python benchmarks/throughput.py --json benchmarks/results/throughput.json
+    python benchmarks/throughput.py --num-envs 64 --no-baseline               # 6 minutes
     python benchmarks/throughput.py --scale 64 256 1024 4096 --json benchmarks/results/scale.json
-    python benchmarks/throughput.py --check benchmarks/results/throughput.json    # exit code 1: a ratio fell by 20 %
+    python benchmarks/throughput.py --num-envs 64 --no-baseline --check benchmarks/results/throughput.json
+                                                                    # exit code 1: a ratio fell by 20 %
 
 All that is compared takes turns, so that a machine that slows down slows all of it, and only ratios are compared.
 Clocks stop after `block_until_ready`; compilation and each one's first turn are left out. Three ways to reset:
 craftax's own auto-reset (a fresh world for every env at every step), optimistic resets as in Craftax_Baselines (a fresh
 world for every 16th env at every step, shared by those that end), and ours (`envs/craftax.py`).
+
+"Same work": the loop of Craftax_Baselines' PPO (`baseline.py`) beside ours, both with its network, rollouts, epochs and
+minibatches. With its own number of envs, 1,024, our defaults take turns beside them.
 """
 
 import json
@@ -24,19 +29,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
+from baseline import Config, TwoTowers, make_baseline, optimistic_env
+from craftax.craftax_env import make_craftax_env_from_name
+from flax import nnx
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+import llm_client  # noqa: E402
 import rladapter_ppo as rl  # noqa: E402
 import runs  # noqa: E402
 from envs import make_env  # noqa: E402
 
 ENV_ID = "Craftax-Classic-Symbolic-v1"
-SHORTER = 12  # times
-RATIO = 16  # envs per fresh world of optimistic resets
+SHORTER = 512  # env steps of a turn with craftax's own auto-reset, which is slow
+DEFAULTS = "unguided, our defaults"
 TRAININGS = {
     "unguided": {"guidance": "none"},
     "guided": {},
@@ -49,6 +57,8 @@ RATIOS = (
     ("our resets / optimistic resets", "env, our resets", "env, optimistic resets"),
     ("our resets / craftax's auto-reset", "env, our resets", "env, craftax's auto-reset"),
     ("unguided / rollout", "unguided", "rollout"),
+    ("same work, ours / Craftax_Baselines' PPO", "same work, ours", "Craftax_Baselines' PPO"),
+    ("unguided, our defaults / Craftax_Baselines' PPO", DEFAULTS, "Craftax_Baselines' PPO"),
 )
 ALLOWED_LOSS = 0.2
 
@@ -56,13 +66,15 @@ ALLOWED_LOSS = 0.2
 @dataclass(frozen=True)
 class Options:
     turns: int = 8
-    """timed turns of each"""
-    num_envs: int = 64
-    """parallel games"""
+    """timed turns of each with 64 envs; fewer with more envs, at least three"""
+    num_envs: tuple[int, ...] = (64, 256, 1024)
+    """numbers of parallel games, one after the other"""
     num_steps: int = 96
     """steps of a rollout"""
     trainings: bool = True
     """--no-trainings measures env and rollout only"""
+    baseline: bool = True
+    """--no-baseline leaves Craftax_Baselines' PPO out"""
     scale: tuple[int, ...] = ()
     """measure only guided updates and their memory, with these numbers of envs, each in a process of its own"""
     json: Path | None = None
@@ -73,12 +85,33 @@ class Options:
     """internal: be a process that does --turns updates after its first one"""
 
 
+@dataclass(frozen=True)
+class Setting:
+    """One number of envs."""
+
+    num_envs: int
+    num_steps: int
+    turns: int
+
+    @property
+    def args(self) -> rl.Args:
+        """More envs, fewer updates a phase: as many questions per env step as with the defaults, while that can be."""
+        default, base = rl.Args(), replace(rl.Args(), num_envs=self.num_envs, num_steps=self.num_steps)
+        updates = max(1, default.updates_per_phase * default.batch_size // base.batch_size)
+        base = replace(base, updates_per_phase=min(updates, default.updates_per_phase))
+        return replace(base, total_timesteps=base.batch_size * base.updates_per_phase * (self.turns + 1))
+
+
+def settings_of(options: Options) -> list[Setting]:
+    return [Setting(n, options.num_steps, max(3, options.turns * 64 // n)) for n in options.num_envs]
+
+
 # ------------------------------------------------------------------------------------------------------ the env alone
 
 
-def our_resets(options: Options) -> tuple[Any, Callable]:
+def our_resets(setting: Setting) -> tuple[Any, Callable]:
     """(state, function of state and key) that plays num_steps steps at random; observations are made and looked at."""
-    env, n = make_env(ENV_ID, options.num_envs), options.num_envs
+    env, n = make_env(ENV_ID, setting.num_envs), setting.num_envs
 
     def step(state: Any, key: jax.Array) -> tuple[Any, jax.Array]:
         key_action, key_step = jax.random.split(key)
@@ -88,50 +121,52 @@ def our_resets(options: Options) -> tuple[Any, Callable]:
 
     def play(state: Any, key: jax.Array) -> tuple[Any, jax.Array]:
         key_steps, key_refill = jax.random.split(key)
-        state, out = jax.lax.scan(step, state, jax.random.split(key_steps, options.num_steps))
+        state, out = jax.lax.scan(step, state, jax.random.split(key_steps, setting.num_steps))
         return env.refill(jax.random.split(key_refill, env.num_pools), state), out
 
     return jax.jit(lambda key: env.reset(key, n))(jax.random.key(0)), jax.jit(play)
 
 
-def craftax_resets(options: Options, optimistic: bool) -> tuple[Any, Callable]:
-    """The same with craftax's env and one of its two reset schemes; a SHORTER turn with the slow one."""
-    from craftax.craftax_env import make_craftax_env_from_name
+def optimistic_resets(setting: Setting) -> tuple[Any, Callable]:
+    """The same with craftax's env and a world for every 16th env at every step."""
+    reset, step, num_actions = optimistic_env(ENV_ID, setting.num_envs, Config().reset_ratio)
+    return jax.jit(reset)(jax.random.key(0))[1], random_play(step, num_actions, setting.num_envs, setting.num_steps)
 
-    env, n = make_craftax_env_from_name(ENV_ID, auto_reset=not optimistic), options.num_envs
-    params, num_worlds = env.default_params, max(1, n // RATIO)
-    reset = jax.vmap(env.reset, in_axes=(0, None))
+
+def auto_resets(setting: Setting) -> tuple[Any, Callable]:
+    """The same with craftax's env as it is, in shorter turns."""
+    env = make_craftax_env_from_name(ENV_ID, auto_reset=True)
+    vmapped = jax.vmap(env.step, in_axes=(0, 0, 0, None))
+
+    def step(key: jax.Array, state: Any, action: jax.Array) -> tuple:
+        return vmapped(jax.random.split(key, setting.num_envs), state, action, env.default_params)[:4]
+
+    reset, _, num_actions = optimistic_env(ENV_ID, setting.num_envs, 1)
+    play = random_play(step, num_actions, setting.num_envs, steps_of_auto_reset(setting))
+    return jax.jit(reset)(jax.random.key(0))[1], play
+
+
+def random_play(step_env: Callable, num_actions: int, num_envs: int, num_steps: int) -> Callable:
+    """Jitted function of state and key: num_steps steps at random of an env whose steps give observations."""
 
     def step(state: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-        key_action, key_step, key_reset, key_choice = jax.random.split(key, 4)
-        action = jax.random.randint(key_action, (n,), 0, env.num_actions)
-        keys = jax.random.split(key_step, n)
-        obs, state, reward, done, _ = jax.vmap(env.step, in_axes=(0, 0, 0, None))(keys, state, action, params)
-        if optimistic:
-            worlds = reset(jax.random.split(key_reset, num_worlds), params)
-            chosen = jax.random.randint(key_choice, (n,), 0, num_worlds)
-            obs, state = jax.tree.map(
-                lambda new, old: jnp.where(done.reshape(-1, *[1] * (old.ndim - 1)), new[chosen], old),
-                worlds, (obs, state),
-            )  # fmt: skip
+        key_action, key_step = jax.random.split(key)
+        obs, state, reward, _ = step_env(key_step, state, jax.random.randint(key_action, (num_envs,), 0, num_actions))
         return state, obs.sum() + reward.sum()
 
-    def play(state: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-        num_steps = options.num_steps if optimistic else -(-options.num_steps // SHORTER)
-        return jax.lax.scan(step, state, jax.random.split(key, num_steps))
-
-    state = jax.jit(reset)(jax.random.split(jax.random.key(0), n), params)[1]
-    state = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
-    return state, jax.jit(play)
+    return jax.jit(lambda state, key: jax.lax.scan(step, state, jax.random.split(key, num_steps)))
 
 
-def rollout(options: Options) -> tuple[Any, Callable]:
+def steps_of_auto_reset(setting: Setting) -> int:
+    return max(1, SHORTER // setting.num_envs)
+
+
+def rollout(setting: Setting) -> tuple[Any, Callable]:
     """An unguided policy plays."""
-    args = rl.Args(num_envs=options.num_envs, num_steps=options.num_steps, guidance="none")
-    env = make_env(ENV_ID, options.num_envs)
+    args = replace(setting.args, guidance="none")
+    env = make_env(ENV_ID, args.num_envs)
     agent, params = rl.make_agent(args, env, jax.random.key(0))
-    runner = jax.jit(rl.init_runner, static_argnums=(0, 1))(args, agent, params, jax.random.key(1))
-    table = rl.Records(args, env.num_actions, env.observe(runner.env_state).shape[1:]).table()
+    runner, table = runner_and_table(args, agent, params)
     lookup = rl.make_lookup(args, table, jax.random.key(2), env.facts(env.observe(runner.env_state)))
 
     def play(runner: Any, key: jax.Array) -> tuple[Any, Any]:
@@ -139,6 +174,32 @@ def rollout(options: Options) -> tuple[Any, Callable]:
         return runner, transitions
 
     return runner, jax.jit(play)
+
+
+def runner_and_table(args: rl.Args, agent: rl.Agent, params: Any) -> tuple[rl.Runner, rl.GuidanceTable]:
+    runner = jax.jit(rl.init_runner, static_argnums=(0, 1))(args, agent, params, jax.random.key(1))
+    obs = agent.env.observe(runner.env_state)
+    return runner, rl.Records(args, agent.env.num_actions, obs.shape[1:]).table()
+
+
+def same_work(config: Config) -> tuple[Any, Callable]:
+    """One of our updates with the baseline's network, rollouts, epochs and minibatches."""
+    args = rl.Args(
+        guidance="none", updates_per_phase=1, num_envs=config.num_envs, num_steps=config.num_steps,
+        update_epochs=config.update_epochs, num_minibatches=config.num_minibatches,
+    )  # fmt: skip
+    env = make_env(ENV_ID, args.num_envs)
+    num_features = jax.eval_shape(lambda key: env.features(env.observe(env.reset(key, 1))), jax.random.key(0)).shape[-1]
+    network = TwoTowers(num_features, env.num_actions, config.layer_size, nnx.Rngs(0))
+    graphdef, params = nnx.split(network)
+    agent = rl.Agent(env, graphdef, args.guidance)
+    runner, table = runner_and_table(args, agent, params)
+
+    def play(runner: Any, _: jax.Array) -> tuple[Any, Any]:
+        runner, metrics, *_ = rl.train_phase(args, agent, runner, table, np.int32(1))
+        return runner, metrics
+
+    return runner, play
 
 
 class Player:
@@ -174,11 +235,6 @@ class Trainee:
         self.seconds.append(time.perf_counter() - start)
 
 
-def training_args(options: Options) -> rl.Args:
-    base = replace(rl.Args(), num_envs=options.num_envs, num_steps=options.num_steps)
-    return replace(base, total_timesteps=base.batch_size * base.updates_per_phase * (options.turns + 1))
-
-
 def take_turns(players: dict[str, Any], turns: int) -> None:
     """The first turn, which compiles or is a short phase, does not count."""
     for i in range(turns + 1):
@@ -190,7 +246,9 @@ def take_turns(players: dict[str, Any], turns: int) -> None:
 
 def be_child(options: Options) -> None:
     """A guided training of one update and --turns more, whose times and peak memory are printed."""
-    args = replace(training_args(options), updates_per_phase=1)
+    (num_envs,) = options.num_envs
+    args = replace(rl.Args(), num_envs=num_envs, updates_per_phase=1)
+    args = replace(args, total_timesteps=args.batch_size * (1 + options.turns))
     rl.configure_jax(args)
     with tempfile.TemporaryDirectory() as folder:
         trainee = Trainee(args, Path(folder) / "run")
@@ -207,10 +265,11 @@ def run_child(turns: int, num_envs: int, cache: str) -> tuple[float, dict[str, A
     return time.perf_counter() - start, json.loads(done.stdout.splitlines()[-1])
 
 
-def time_start_up(options: Options) -> dict[str, float]:
-    """Seconds of a process that ends with its first update: with an empty cache of compiled programs, and warm."""
+def time_start_up() -> dict[str, float]:
+    """Seconds of a process with the defaults that ends with its first update: with an empty cache of compiled programs,
+    and warm."""
     with tempfile.TemporaryDirectory() as cache:
-        return {name: run_child(0, options.num_envs, cache)[0] for name in ("cold", "warm")}
+        return {name: run_child(0, rl.Args().num_envs, cache)[0] for name in ("cold", "warm")}
 
 
 def measure_scale(options: Options) -> list[dict[str, float]]:
@@ -243,38 +302,81 @@ def all_ratios(players: dict[str, Any], steps: dict[str, int]) -> dict[str, floa
     return {name: ratio(players, over, under, steps) for name, over, under in RATIOS if {over, under} <= set(players)}
 
 
-def measure(options: Options) -> dict[str, Any]:
-    players = {
-        "env, our resets": Player(*our_resets(options)),
-        "env, optimistic resets": Player(*craftax_resets(options, True)),
-        "env, craftax's auto-reset": Player(*craftax_resets(options, False)),
-        "rollout": Player(*rollout(options)),
+def questions_per_million(trainee: Trainee) -> dict[str, float]:
+    """Questions and tokens, those of the guide estimated as for a budget (`llm_client.estimate_tokens`)."""
+    counters, adapter = trainee.session.counters, trainee.session.adapter
+    answers = runs.read_log(trainee.session.folder, "guidance.jsonl")
+    sums = {
+        "questions": len(answers),
+        "adapter, prompt tokens": sum(len(adapter.encode_prompt(a["adapter_prompt"], 10**6)) for a in answers),
+        "adapter, tokens written": sum(len(adapter.tokenizer.encode(a["analysis"])) for a in answers),
+        "guide, prompt tokens": sum(llm_client.estimate_tokens(a["messages"]) for a in answers),
     }
-    args = training_args(options)
-    steps = dict.fromkeys(players, args.batch_size)
-    steps["env, craftax's auto-reset"] = args.num_envs * -(-args.num_steps // SHORTER)
-    take_turns(players, options.turns)
-    ratios, compile_seconds, start_up_seconds = all_ratios(players, steps), {}, {}
-    if options.trainings:
-        with tempfile.TemporaryDirectory() as folder:
-            trainees = {
-                name: Trainee(replace(args, **changes), Path(folder) / str(i))
-                for i, (name, changes) in enumerate(TRAININGS.items())
-            }
-            steps |= dict.fromkeys(trainees, args.batch_size * args.updates_per_phase)
-            # A rollout once more, to be compared with the trainings beside it.
-            beside = trainees | {"rollout": Player(players["rollout"].state, players["rollout"].play)}
-            take_turns(beside, options.turns)
-        players, ratios = players | beside, ratios | all_ratios(beside, steps)
-        compile_seconds = {name: trainee.compile_seconds for name, trainee in trainees.items()}
-        start_up_seconds = time_start_up(options)
-    rates = {name: steps[name] / float(np.median(player.seconds)) for name, player in players.items()}
-    return {
-        "num_envs": options.num_envs, "num_steps": options.num_steps, "steps_per_second": rates,
-        "ratios": ratios,
-        "compile_seconds": compile_seconds, "start_up_seconds": start_up_seconds,
-        "peak_memory_gb": peak_memory(),
+    return {name: value / counters["global_step"] * 1e6 for name, value in sums.items()}
+
+
+def measure_envs(setting: Setting) -> tuple[dict[str, Player], dict[str, int]]:
+    """Env and rollout have taken turns; the env steps of a turn of each."""
+    players = {
+        "env, our resets": Player(*our_resets(setting)),
+        "env, optimistic resets": Player(*optimistic_resets(setting)),
+        "env, craftax's auto-reset": Player(*auto_resets(setting)),
+        "rollout": Player(*rollout(setting)),
+    }
+    steps = dict.fromkeys(players, setting.args.batch_size)
+    steps["env, craftax's auto-reset"] = setting.num_envs * steps_of_auto_reset(setting)
+    take_turns(players, setting.turns)
+    return players, steps
+
+
+def measure_trainings(setting: Setting, folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Trainings, and a rollout once more, to be compared with what is beside it."""
+    args = setting.args
+    trainees = {name: Trainee(replace(args, **changes), folder / name) for name, changes in TRAININGS.items()}
+    steps = dict.fromkeys(trainees, args.batch_size * args.updates_per_phase) | {"rollout": args.batch_size}
+    players = trainees | {"rollout": Player(*rollout(setting))}
+    take_turns(players, setting.turns)
+    return players, steps
+
+
+def measure_baseline(setting: Setting, folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Craftax_Baselines' PPO and the same work in our loop; with its own number of envs also our defaults."""
+    config = Config(num_envs=setting.num_envs)
+    players = {
+        "Craftax_Baselines' PPO": Player(*make_baseline(config)), "same work, ours": Player(*same_work(config)),
     }  # fmt: skip
+    steps = dict.fromkeys(players, config.batch_size)
+    if config == Config():
+        args = replace(Setting(rl.Args().num_envs, rl.Args().num_steps, setting.turns).args, guidance="none")
+        players[DEFAULTS], steps[DEFAULTS] = Trainee(args, folder), args.batch_size * args.updates_per_phase
+    take_turns(players, setting.turns)
+    return players, steps
+
+
+def measure(options: Options) -> dict[str, Any]:
+    rates, ratios, result = {}, {}, {"num_steps": options.num_steps}
+    for setting in settings_of(options):
+        n = str(setting.num_envs)
+        rates[n], ratios[n] = {}, {}
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            parts = [lambda s=setting: measure_envs(s)]
+            parts += [lambda s=setting, f=folder: measure_trainings(s, f)] * options.trainings
+            parts += [lambda s=setting, f=folder: measure_baseline(s, f / "defaults")] * options.baseline
+            for part in parts:
+                players, steps = part()
+                rates[n] |= {name: steps[name] / float(np.median(player.seconds)) for name, player in players.items()}
+                ratios[n] |= all_ratios(players, steps)
+                if "guided" in players and setting.args.batch_size == rl.Args().batch_size:
+                    trainees = {name: players[name] for name in TRAININGS}
+                    result["compile_seconds"] = {name: trainee.compile_seconds for name, trainee in trainees.items()}
+                    result["per_million_steps"] = questions_per_million(trainees["guided"])
+                    result["peak_memory_gb"] = peak_memory()
+                jax.clear_caches()
+                print(f"{n} envs: {json.dumps(rates[n])}", file=sys.stderr)
+    if options.trainings:
+        result["start_up_seconds"] = time_start_up()
+    return result | {"steps_per_second": rates, "ratios": ratios}
 
 
 def machine() -> dict[str, Any]:
@@ -285,9 +387,10 @@ def machine() -> dict[str, Any]:
 def check(result: dict[str, Any], expected: dict[str, Any]) -> int:
     """1 if a ratio is lower than the expected one by more than ALLOWED_LOSS."""
     lost = [
-        f"{name} is {result['ratios'][name]:.2f}, was {old:.2f}"
-        for name, old in expected["ratios"].items()
-        if name in result["ratios"] and result["ratios"][name] < (1 - ALLOWED_LOSS) * old
+        f"{name}, {n} envs, is {ratios[name]:.2f}, was {old:.2f}"
+        for n, ratios in result["ratios"].items()
+        for name, old in expected["ratios"].get(n, {}).items()
+        if name in ratios and ratios[name] < (1 - ALLOWED_LOSS) * old
     ]
     print("\n".join(lost) or "no ratio fell by more than 20 %", file=sys.stderr)
     return int(bool(lost))

@@ -59,10 +59,6 @@ FACTS = _UNLOCKED + _AMOUNTS + _LOW + _VIEW + _REST
 FACT_INDEX = {name: i for i, name in enumerate(FACTS)}
 SUB_GOAL_INDEX = {name: i for i, name in enumerate(SUB_GOALS)}
 
-# Guidance always depends on these, named by the guide or not: they decide between life and death. (Health and darkness
-# belong here too by that token, but each halves what a row serves: see docs/log.md.)
-ALWAYS_CARED = tuple(FACT_INDEX[name] for name in ("food low", "drink low", "energy low", "zombie near"))
-
 # Other words for the same sub-goal, as language models like to put them. Keys are in normal form (`normalise`).
 _ALIASES = {
     "chop tree": "chop wood, cut tree, cut down tree, chop down tree, collect wood, gather wood, get wood, harvest "

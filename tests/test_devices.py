@@ -16,8 +16,10 @@ import devices
 import rladapter_ppo as rl
 
 ROOT = Path(__file__).parents[1]
-TOY = "--env-id Toy-v0 --num-envs 16 --num-steps 16 --num-minibatches 2 --hidden-size 16 --adapter none " \
+TOY = (
+    "--env-id Toy-v0 --num-envs 16 --num-steps 16 --num-minibatches 2 --hidden-size 16 --adapter none "
     "--updates-per-phase 3 --guidance-rows 8 --queries-per-phase 4 --eval-episodes 16 --total-timesteps 2000".split()
+)
 # The guide takes longer than the 30 seconds for which some collectives wait.
 SLOW_LEADER = """
 import sys, time

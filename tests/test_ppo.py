@@ -474,9 +474,8 @@ class FixedGuide:
 
 def refine(records, guide, *queries):
     env = make_env("Toy-v0", 8)
-    return rl.refine_guidance(
-        TOY, env, 0, records, list(queries), rladapter_adapter.NoAdapter(), guide, jax.random.key(0)
-    )
+    pause = rl.ask_guide(TOY, env, list(queries), rladapter_adapter.NoAdapter(), guide, jax.random.key(0))
+    return rl.store_answers(0, records, pause, guide)
 
 
 def test_a_reply_that_cannot_be_used_leaves_the_table_as_it_was_and_is_counted():

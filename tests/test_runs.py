@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import stat
+import sys
 from pathlib import Path
 
 import make_adapter_tiny
@@ -228,6 +229,12 @@ def test_bad_flags_get_one_line_and_exit_code_2(tmp_path, capsys, flags, expecte
     error = error_of(capsys, *env, *flags.split(), "--run-dir", str(tmp_path / "run"))
     assert re.search(expected, error), error
     assert not (tmp_path / "run").exists()
+
+
+def test_tracking_without_wandb_is_refused_before_anything_is_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    error = error_of(capsys, "--env-id", "Toy-v0", "--track", "--run-dir", str(tmp_path / "run"))
+    assert "--track" in error and "pip install wandb" in error and not (tmp_path / "run").exists()
 
 
 def test_flags_that_do_not_parse(capsys):

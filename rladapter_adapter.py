@@ -47,7 +47,7 @@ UNKNOWN_SCORE = "Comprehension score: not known yet."
 
 LENGTH_BUCKET = 64  # prompts are padded to a multiple of it, so that few lengths are ever compiled
 BATCH_BUCKETS = (8, 16, 32, 64)  # and batches to one of these; more prompts than the last go in several batches
-SFT_ROWS, SFT_BUCKET = 8, 256  # sequences in a fine-tuning batch, and the length they are padded to a multiple of
+SFT_ROWS = 8  # sequences in a fine-tuning batch, which are padded to a multiple of LENGTH_BUCKET as well
 HELD_OUT = 0.1  # share of the fine-tuning examples that only measures
 HERE = Path(__file__).parent
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
@@ -814,7 +814,7 @@ class Adapter:
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
         texts = [self.encode_example(*examples[i], **encoding) for i in rng.permutation(len(examples))]
         num_held = min(max(1, round(held_out * len(texts))), len(texts)) if len(texts) >= 4 else 0
-        length = SFT_BUCKET * math.ceil(max(len(a) + len(b) for a, b in texts) / SFT_BUCKET)
+        length = LENGTH_BUCKET * math.ceil(max(len(a) + len(b) for a, b in texts) / LENGTH_BUCKET)
         training = pack([[text] for text in texts[num_held:]], length)
         measured = pack([[text] for text in texts[:num_held]], length) if num_held else training
         before, losses, finite = self.nll(measured), [], True
@@ -840,7 +840,7 @@ class Adapter:
     def measure(self, examples: Sequence[tuple[str, str]]) -> float:
         """Nats per response token of (prompt, response) pairs."""
         texts = [self.encode_example(*example) for example in examples]
-        length = SFT_BUCKET * math.ceil(max(len(a) + len(b) for a, b in texts) / SFT_BUCKET)
+        length = LENGTH_BUCKET * math.ceil(max(len(a) + len(b) for a, b in texts) / LENGTH_BUCKET)
         return self.nll(pack([[text] for text in texts], length))
 
     def nll(self, packed: dict[str, np.ndarray]) -> float:

@@ -44,7 +44,7 @@ from envs import make_env  # noqa: E402
 
 ENV_ID = "Craftax-Classic-Symbolic-v1"
 SHORTER = 512  # env steps of a turn with craftax's own auto-reset, which is slow
-DEFAULTS = "unguided, our defaults"
+DEFAULTS = "unguided, our defaults (64 envs)"
 TRAININGS = {
     "unguided": {"guidance": "none"},
     "guided": {},
@@ -58,7 +58,7 @@ RATIOS = (
     ("our resets / craftax's auto-reset", "env, our resets", "env, craftax's auto-reset"),
     ("unguided / rollout", "unguided", "rollout"),
     ("same work, ours / Craftax_Baselines' PPO", "same work, ours", "Craftax_Baselines' PPO"),
-    ("unguided, our defaults / Craftax_Baselines' PPO", DEFAULTS, "Craftax_Baselines' PPO"),
+    (f"{DEFAULTS} / Craftax_Baselines' PPO", DEFAULTS, "Craftax_Baselines' PPO"),
 )
 ALLOWED_LOSS = 0.2
 
@@ -66,7 +66,7 @@ ALLOWED_LOSS = 0.2
 @dataclass(frozen=True)
 class Options:
     turns: int = 8
-    """timed turns of each with 64 envs; fewer with more envs, at least three"""
+    """timed turns of each with 64 envs; fewer with more envs, at least three; of trainings, which are long, a third"""
     num_envs: tuple[int, ...] = (64, 256, 1024)
     """numbers of parallel games, one after the other"""
     num_steps: int = 96
@@ -94,12 +94,22 @@ class Setting:
     turns: int
 
     @property
+    def training_turns(self) -> int:
+        return -(-self.turns // 3)
+
+    @property
     def args(self) -> rl.Args:
-        """More envs, fewer updates a phase: as many questions per env step as with the defaults, while that can be."""
+        """With any number of envs as many questions and fine-tunings per env step as with the defaults."""
         default, base = rl.Args(), replace(rl.Args(), num_envs=self.num_envs, num_steps=self.num_steps)
-        updates = max(1, default.updates_per_phase * default.batch_size // base.batch_size)
-        base = replace(base, updates_per_phase=min(updates, default.updates_per_phase))
-        return replace(base, total_timesteps=base.batch_size * base.updates_per_phase * (self.turns + 1))
+        usual = default.updates_per_phase * default.batch_size  # env steps of a phase
+        updates = min(max(1, usual // base.batch_size), default.updates_per_phase)
+        times = updates * base.batch_size / usual
+        base = replace(
+            base, updates_per_phase=updates, queries_per_phase=max(1, round(default.queries_per_phase * times)),
+            sft_every=max(1, round(default.sft_every / times)),
+        )  # fmt: skip
+        num_phases = 1 + self.training_turns * base.sft_every
+        return replace(base, total_timesteps=num_phases * updates * base.batch_size)
 
 
 def settings_of(options: Options) -> list[Setting]:
@@ -219,7 +229,7 @@ class Player:
 
 
 class Trainee:
-    """A run in a temporary folder; a turn is a phase, pause and fine-tuning included."""
+    """A run in a temporary folder; a turn is as many phases as there are to a fine-tuning, but for the first: one."""
 
     def __init__(self, args: rl.Args, folder: Path):
         self.session = rl.prepare(args, folder, False, [])
@@ -231,8 +241,13 @@ class Trainee:
 
     def turn(self, i: int) -> None:
         start = time.perf_counter()
-        rl.run_phase(self.session, self.compiled, self.log)
+        for _ in range(self.session.args.sft_every if i else 1):
+            rl.run_phase(self.session, self.compiled, self.log)
         self.seconds.append(time.perf_counter() - start)
+
+
+def steps_of_turn(args: rl.Args) -> int:
+    return args.batch_size * args.updates_per_phase * args.sft_every
 
 
 def take_turns(players: dict[str, Any], turns: int) -> None:
@@ -245,40 +260,41 @@ def take_turns(players: dict[str, Any], turns: int) -> None:
 
 
 def be_child(options: Options) -> None:
-    """A guided training of one update and --turns more, whose times and peak memory are printed."""
+    """A guided training of one update and --turns turns, whose times and peak memory are printed."""
     (num_envs,) = options.num_envs
-    args = replace(rl.Args(), num_envs=num_envs, updates_per_phase=1)
-    args = replace(args, total_timesteps=args.batch_size * (1 + options.turns))
+    args = Setting(num_envs, options.num_steps, 3 * options.turns).args
     rl.configure_jax(args)
     with tempfile.TemporaryDirectory() as folder:
         trainee = Trainee(args, Path(folder) / "run")
         for i in range(1 + options.turns):
             trainee.turn(i)
-    print(json.dumps({"seconds": trainee.seconds, "peak_memory_gb": peak_memory()}))
+    rate = steps_of_turn(args) / float(np.median(trainee.seconds[1:])) if options.turns else None
+    printed = {"compile": trainee.compile_seconds, "steps_per_second": rate, "peak_memory_gb": peak_memory()}
+    print(json.dumps(printed))
 
 
-def run_child(turns: int, num_envs: int, cache: str) -> tuple[float, dict[str, Any]]:
-    """Seconds of the whole process, and what it printed."""
+def run_child(turns: int, num_envs: int, cache: str) -> dict[str, Any]:
+    """What it printed, and the seconds of the whole process: `first_update`, if there were no turns."""
     command = [sys.executable, __file__, "--child", "--turns", str(turns), "--num-envs", str(num_envs)]
     start, environment = time.perf_counter(), os.environ | {"RLADAPTER_CACHE": cache}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return time.perf_counter() - start, json.loads(done.stdout.splitlines()[-1])
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1]) | {"first_update": time.perf_counter() - start}
 
 
-def time_start_up() -> dict[str, float]:
-    """Seconds of a process with the defaults that ends with its first update: with an empty cache of compiled programs,
-    and warm."""
+def time_start_up() -> dict[str, dict[str, float]]:
+    """Seconds of a guided training with the defaults to its first update, and those of compilation among them: with an
+    empty cache of compiled programs, and warm."""
     with tempfile.TemporaryDirectory() as cache:
-        return {name: run_child(0, rl.Args().num_envs, cache)[0] for name in ("cold", "warm")}
+        children = {name: run_child(0, rl.Args().num_envs, cache) for name in ("cold", "warm")}
+    return {name: {key: child[key] for key in ("first_update", "compile")} for name, child in children.items()}
 
 
 def measure_scale(options: Options) -> list[dict[str, float]]:
     rows = []
     for num_envs in options.scale:
         with tempfile.TemporaryDirectory() as cache:
-            _, child = run_child(2, num_envs, cache)
-        rate = num_envs * rl.Args().num_steps / float(np.median(child["seconds"][1:]))
-        rows.append({"num_envs": num_envs, "steps_per_second": rate, "peak_memory_gb": child["peak_memory_gb"]})
+            child = run_child(1, num_envs, cache)
+        rows.append({"num_envs": num_envs} | {name: child[name] for name in ("steps_per_second", "peak_memory_gb")})
         print(rows[-1], file=sys.stderr)
     return rows
 
@@ -333,9 +349,9 @@ def measure_trainings(setting: Setting, folder: Path) -> tuple[dict[str, Any], d
     """Trainings, and a rollout once more, to be compared with what is beside it."""
     args = setting.args
     trainees = {name: Trainee(replace(args, **changes), folder / name) for name, changes in TRAININGS.items()}
-    steps = dict.fromkeys(trainees, args.batch_size * args.updates_per_phase) | {"rollout": args.batch_size}
+    steps = dict.fromkeys(trainees, steps_of_turn(args)) | {"rollout": args.batch_size}
     players = trainees | {"rollout": Player(*rollout(setting))}
-    take_turns(players, setting.turns)
+    take_turns(players, setting.training_turns)
     return players, steps
 
 
@@ -347,13 +363,14 @@ def measure_baseline(setting: Setting, folder: Path) -> tuple[dict[str, Any], di
     }  # fmt: skip
     steps = dict.fromkeys(players, config.batch_size)
     if config == Config():
-        args = replace(Setting(rl.Args().num_envs, rl.Args().num_steps, setting.turns).args, guidance="none")
-        players[DEFAULTS], steps[DEFAULTS] = Trainee(args, folder), args.batch_size * args.updates_per_phase
+        args = replace(rl.Args(), guidance="none", sft_every=1)  # a turn is a phase
+        players[DEFAULTS], steps[DEFAULTS] = Trainee(args, folder), steps_of_turn(args)
     take_turns(players, setting.turns)
     return players, steps
 
 
 def measure(options: Options) -> dict[str, Any]:
+    rl.configure_jax(rl.Args())
     rates, ratios, result = {}, {}, {"num_steps": options.num_steps}
     for setting in settings_of(options):
         n = str(setting.num_envs)
@@ -365,15 +382,12 @@ def measure(options: Options) -> dict[str, Any]:
             parts += [lambda s=setting, f=folder: measure_baseline(s, f / "defaults")] * options.baseline
             for part in parts:
                 players, steps = part()
-                rates[n] |= {name: steps[name] / float(np.median(player.seconds)) for name, player in players.items()}
-                ratios[n] |= all_ratios(players, steps)
-                if "guided" in players and setting.args.batch_size == rl.Args().batch_size:
-                    trainees = {name: players[name] for name in TRAININGS}
-                    result["compile_seconds"] = {name: trainee.compile_seconds for name, trainee in trainees.items()}
-                    result["per_million_steps"] = questions_per_million(trainees["guided"])
-                    result["peak_memory_gb"] = peak_memory()
+                new = {name: steps[name] / float(np.median(player.seconds)) for name, player in players.items()}
+                rates[n], ratios[n] = new | rates[n], ratios[n] | all_ratios(players, steps)
+                if "guided" in players and setting.num_envs == rl.Args().num_envs:
+                    result["per_million_steps"] = questions_per_million(players["guided"])
                 jax.clear_caches()
-                print(f"{n} envs: {json.dumps(rates[n])}", file=sys.stderr)
+                print(f"{n} envs: {json.dumps(new)}", file=sys.stderr)
     if options.trainings:
         result["start_up_seconds"] = time_start_up()
     return result | {"steps_per_second": rates, "ratios": ratios}
@@ -385,28 +399,53 @@ def machine() -> dict[str, Any]:
 
 
 def check(result: dict[str, Any], expected: dict[str, Any]) -> int:
-    """1 if a ratio is lower than the expected one by more than ALLOWED_LOSS."""
-    lost = [
-        f"{name}, {n} envs, is {ratios[name]:.2f}, was {old:.2f}"
+    """1 if a ratio is lower than the expected one by more than ALLOWED_LOSS, or if none of them was measured."""
+    pairs = {
+        f"{name}, {n} envs": (ratios[name], old)
         for n, ratios in result["ratios"].items()
         for name, old in expected["ratios"].get(n, {}).items()
-        if name in ratios and ratios[name] < (1 - ALLOWED_LOSS) * old
+        if name in ratios
+    }
+    lost = [
+        f"{name}: is {new:.2f}, was {old:.2f}" for name, (new, old) in pairs.items() if new < (1 - ALLOWED_LOSS) * old
     ]
-    print("\n".join(lost) or "no ratio fell by more than 20 %", file=sys.stderr)
-    return int(bool(lost))
+    verdict = (
+        "no ratio fell by more than 20 %" if pairs else "nothing to compare: choose numbers of envs that are there"
+    )
+    print("\n".join(lost) or verdict, file=sys.stderr)
+    return int(bool(lost) or not pairs)
 
 
-def main(options: Options) -> int:
+def read_expected(options: Options) -> dict[str, Any]:
+    """The result of --check. Raises ValueError, one line, for what can't be compared with."""
+    if options.scale:
+        raise ValueError("--check: compares ratios, and --scale measures none; leave one of them out")
+    try:
+        expected = json.loads(options.check.read_text())
+        if all(isinstance(ratios, dict) for ratios in expected["ratios"].values()):
+            return expected
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ValueError(f"--check: {options.check} is no result of this script (--json writes one)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = tyro.cli(Options, args=argv, description=__doc__)
     if options.child:
         be_child(options)
         return 0
+    try:
+        expected = read_expected(options) if options.check else None
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     result = ({"scale": measure_scale(options)} if options.scale else measure(options)) | machine()
     text = json.dumps(result, indent=1)
     print(text)
     if options.json:
         options.json.write_text(text + "\n")
-    return check(result, json.loads(options.check.read_text())) if options.check else 0
+    return check(result, expected) if expected else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(main())

@@ -36,16 +36,30 @@ def test_check_fails_on_a_loss_above_20_percent_only(capsys):
     expected = {"ratios": {"64": {"a": 1.0, "b": 2.0}, "256": {"a": 1.0}}}
     assert throughput.check({"ratios": {"64": {"a": 0.81, "b": 5.0}}}, expected) == 0
     assert throughput.check({"ratios": {"64": {"a": 0.79, "b": 2.0, "new": 0.1}}}, expected) == 1
-    assert "a, 64 envs, is 0.79, was 1.00" in capsys.readouterr().err
-    assert throughput.check({"ratios": {"128": {"a": 0.1}}}, expected) == 0
+    assert "a, 64 envs: is 0.79, was 1.00" in capsys.readouterr().err
+    assert throughput.check({"ratios": {"128": {"a": 0.1}}}, expected) == 1
+    assert "nothing to compare" in capsys.readouterr().err
 
 
-def test_more_envs_ask_as_often_per_env_step():
-    per_phase = {
-        s.num_envs: (s.args.updates_per_phase, s.turns)
-        for s in throughput.settings_of(throughput.Options(num_envs=(16, 64, 256, 1024)))
-    }
-    assert per_phase == {16: (8, 32), 64: (8, 8), 256: (2, 3), 1024: (1, 3)}
+def test_a_check_that_cannot_be_made_is_refused_before_anything_is_measured(tmp_path, capsys):
+    flat = tmp_path / "flat.json"
+    flat.write_text('{"ratios": {"guided / unguided": 0.9}}')
+    for words in (["--check", "nowhere.json"], ["--check", str(flat)], ["--scale", "64", "--check", str(flat)]):
+        assert throughput.main(words) == 2
+        assert capsys.readouterr().err.startswith("error: --check: ")
+
+
+def test_any_number_of_envs_asks_and_tunes_as_often_per_env_step():
+    default = rl.Args()
+    for setting in throughput.settings_of(throughput.Options(num_envs=(16, 64, 256, 1024, 4096))):
+        args = setting.args
+        rl.check_args(args)
+        steps = args.updates_per_phase * args.batch_size
+        usual = default.updates_per_phase * default.batch_size
+        assert args.queries_per_phase / steps == default.queries_per_phase / usual
+        if setting.num_envs < 4096:  # whose phases have more steps than there are to a fine-tuning
+            assert args.sft_every * steps == default.sft_every * usual
+            assert args.num_updates == args.updates_per_phase * (1 + setting.training_turns * args.sft_every)
 
 
 def test_the_baseline_has_the_published_network():
@@ -95,6 +109,7 @@ def test_envs_that_end_get_one_of_the_fresh_worlds(small):
 
 def test_an_update_of_the_baseline_trains(small):
     before, update = baseline.make_baseline(small)
+    params = jax.tree.map(np.array, before[0])  # the state is donated
     after, loss = update(before, jax.random.key(0))
-    changed = jax.tree.map(lambda a, b: bool((a != b).any()), before[0], after[0])
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), params, after[0])
     assert np.isfinite(loss) and all(jax.tree.leaves(changed))

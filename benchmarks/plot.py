@@ -7,6 +7,7 @@
 Figures are for a phone's width: one column, large type. Bands and bars are 95 % bootstrap intervals over the seeds.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import tyro
 from collect import Results, collect, column, load
 from run import CONTROLS, ROOT, VARIANTS, SuiteName
 from stats import bootstrap_band, bootstrap_interval, iqm, probability_of_improvement
-from tables import FULL, HUMAN, between_markers, generated
+from tables import FULL, HUMAN, SPEED, between_markers, generated
 
 try:
     import matplotlib
@@ -33,6 +34,9 @@ STYLE = {
 }  # fmt: skip
 WIDTH = 6.4  # inches
 RETURN, SCORE = "return", "score, %"
+OURS = (
+    "env, our resets", "rollout", "unguided", "guided", "guided, no adapter", "same work, ours",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -227,12 +231,36 @@ def finish_estimates(ax: Any, names: list[str], label: str) -> None:
     ax.set_yticklabels([look(name)["label"] for name in names])
 
 
+def plot_speed(_: Results, path: Path) -> bool:
+    """Env steps per second, and below the memory of a guided training, against the number of envs."""
+    rates = json.loads((SPEED / "throughput.json").read_text())["steps_per_second"]
+    figure, (ax, memory) = plt.subplots(
+        2, figsize=(WIDTH, 9.6), layout="constrained", height_ratios=(2, 1), sharex=True
+    )
+    for number, name in enumerate(next(iter(rates.values()))):
+        at = [(int(n), column[name]) for n, column in rates.items() if name in column]
+        ours = name in OURS
+        style = {"color": plt.get_cmap("tab10")(number % 10), "marker": "o", "linestyle": "-" if ours else ":"}
+        ax.plot(*zip(*at, strict=True), label=name, **style)
+    ax.set(xscale="log", yscale="log", ylabel="env steps/s")
+    rows = json.loads((SPEED / "scale.json").read_text())["scale"]
+    at = [(row["num_envs"], row["peak_memory_gb"]) for row in rows]
+    memory.plot(*zip(*at, strict=True), color="black", marker="o")
+    memory.set(ylim=(0, None), xlabel="parallel envs", ylabel="peak memory, GB\n(guided)")
+    memory.set_xticks([n for n, _ in at], [f"{n:,}" for n, _ in at])
+    memory.minorticks_off()
+    figure.suptitle("two CPU cores", fontsize=15)
+    finish(figure, ax.get_lines(), path)
+    return True
+
+
 FIGURES = {
     "results_curves.png": plot_controls,
     "results_ablations.png": plot_ablations,
     "results_calls.png": plot_calls,
     "results_achievements.png": plot_achievements,
     "results_aggregate.png": plot_aggregate,
+    "speed.png": plot_speed,
 }
 
 

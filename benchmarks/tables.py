@@ -13,7 +13,7 @@ from run import ROOT, VARIANTS
 from stats import bootstrap_interval, iqm, paired_difference, probability_of_improvement
 
 FULL = "guided"  # the full method
-SPEED = ROOT / "benchmarks" / "results"  # adapter_speed.json, throughput.json
+SPEED = ROOT / "benchmarks" / "results"  # adapter_speed.json, scale.json, throughput.json
 # Method, observation, LLM, env steps, score %, return, reward % of 22. "(S)": taken from another work's table.
 PUBLISHED = (
     ("human expert (Hafner 2021)", "pixels", "", "", 50.5, 14.3, 65.0),
@@ -154,13 +154,33 @@ def adapter_speed_table() -> str:
 
 
 def throughput_table() -> str:
-    """Steps per second, and the ratios that count."""
+    """Steps per second and the ratios that count for each number of envs, then what was measured once."""
     result = json.loads((SPEED / "throughput.json").read_text())
-    rates = [[name, f"{rate:,.0f}"] for name, rate in result["steps_per_second"].items()]
-    ratios = [[name, f"{value:.2f}"] for name, value in result["ratios"].items()]
-    ratios += [[f"first update after a {name} start", f"{s:.0f} s"] for name, s in result["start_up_seconds"].items()]
-    tables = markdown(["", "env steps/s"], rates), markdown(["ratio of the rates, median over turns", ""], ratios)
-    return "\n\n".join(tables)
+    by_envs = {
+        "env steps/s": (result["steps_per_second"], "{:,.0f}"),
+        "ratio of the rates": (result["ratios"], "{:.2f}"),
+    }
+    parts = []
+    for title, (columns, number) in by_envs.items():
+        names = list(dict.fromkeys(name for column in columns.values() for name in column))
+        rows = [[name, *(number.format(c[name]) if name in c else "" for c in columns.values())] for name in names]
+        parts.append(markdown([title, *(f"{int(n):,} envs" for n in columns)], rows))
+    once = [
+        [f"first update after a {name} start (compilation)", f"{s['first_update']:.0f} s ({s['compile']:.0f} s)"]
+        for name, s in result["start_up_seconds"].items()
+    ]
+    once += [[f"{name}, per million env steps", f"{n:,.0f}"] for name, n in result["per_million_steps"].items()]
+    return "\n\n".join([*parts, markdown(["with the defaults", ""], once)])
+
+
+def scale_table() -> str:
+    """How a guided training's speed and memory change with the number of envs."""
+    result = json.loads((SPEED / "scale.json").read_text())
+    rows = [
+        [f"{row['num_envs']:,}", f"{row['steps_per_second']:,.0f}", f"{row['peak_memory_gb']:.2f}"]
+        for row in result["scale"]
+    ]
+    return markdown(["envs", "env steps/s, guided", "peak memory, GB"], rows)
 
 
 def generated(results: Results) -> dict[tuple[Path, str], str]:
@@ -174,6 +194,7 @@ def generated(results: Results) -> dict[tuple[Path, str], str]:
         (docs, "published"): published_table(results),
         (adapter, "speed"): adapter_speed_table(),
         (speed, "throughput"): throughput_table(),
+        (speed, "scale"): scale_table(),
     }
 
 

@@ -600,6 +600,11 @@ def one_line(text: str) -> str:
 # --------------------------------------------------------------------------------------------------------- fine-tuning
 
 
+def row_length(texts: Sequence[tuple[list[int], list[int]]]) -> int:
+    """Columns that the longest (prompt tokens, response tokens) takes, rounded up to a bucket."""
+    return LENGTH_BUCKET * math.ceil(max(len(prompt) + len(response) for prompt, response in texts) / LENGTH_BUCKET)
+
+
 def pack(groups: Sequence[Sequence[tuple[list[int], list[int]]]], length: int) -> dict[str, np.ndarray]:
     """Groups of (prompt tokens, response tokens) -> one row of `length` columns a group.
 
@@ -814,7 +819,7 @@ class Adapter:
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
         texts = [self.encode_example(*examples[i], **encoding) for i in rng.permutation(len(examples))]
         num_held = min(max(1, round(held_out * len(texts))), len(texts)) if len(texts) >= 4 else 0
-        length = LENGTH_BUCKET * math.ceil(max(len(a) + len(b) for a, b in texts) / LENGTH_BUCKET)
+        length = row_length(texts)
         training = pack([[text] for text in texts[num_held:]], length)
         measured = pack([[text] for text in texts[:num_held]], length) if num_held else training
         before, losses, finite = self.nll(measured), [], True
@@ -840,7 +845,7 @@ class Adapter:
     def measure(self, examples: Sequence[tuple[str, str]]) -> float:
         """Nats per response token of (prompt, response) pairs."""
         texts = [self.encode_example(*example) for example in examples]
-        length = LENGTH_BUCKET * math.ceil(max(len(a) + len(b) for a, b in texts) / LENGTH_BUCKET)
+        length = row_length(texts)
         return self.nll(pack([[text] for text in texts], length))
 
     def nll(self, packed: dict[str, np.ndarray]) -> float:

@@ -34,9 +34,7 @@ STYLE = {
 }  # fmt: skip
 WIDTH = 6.4  # inches
 RETURN, SCORE = "return", "score, %"
-OURS = (
-    "env, our resets", "rollout", "unguided", "guided", "guided, no adapter", "same work, ours",
-)  # fmt: skip
+OURS = ("env, our resets", "rollout", "unguided", "guided", "guided, no adapter", "same work, ours")
 
 
 @dataclass(frozen=True)
@@ -239,9 +237,8 @@ def plot_speed(_: Results, path: Path) -> bool:
     )
     for number, name in enumerate(next(iter(rates.values()))):
         at = [(int(n), column[name]) for n, column in rates.items() if name in column]
-        ours = name in OURS
-        style = {"color": plt.get_cmap("tab10")(number % 10), "marker": "o", "linestyle": "-" if ours else ":"}
-        ax.plot(*zip(*at, strict=True), label=name, **style)
+        style = {"color": plt.get_cmap("tab10")(number % 10), "linestyle": "-" if name in OURS else ":"}
+        ax.plot(*zip(*at, strict=True), marker="o", label=name, **style)
     ax.set(xscale="log", yscale="log", ylabel="env steps/s")
     rows = json.loads((SPEED / "scale.json").read_text())["scale"]
     at = [(row["num_envs"], row["peak_memory_gb"]) for row in rows]

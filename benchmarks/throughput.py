@@ -331,7 +331,7 @@ def questions_per_million(trainee: Trainee) -> dict[str, float]:
     return {name: value / counters["global_step"] * 1e6 for name, value in sums.items()}
 
 
-def measure_envs(setting: Setting) -> tuple[dict[str, Player], dict[str, int]]:
+def measure_envs(setting: Setting, _: Path) -> tuple[dict[str, Player], dict[str, int]]:
     """Env and rollout have taken turns; the env steps of a turn of each."""
     players = {
         "env, our resets": Player(*our_resets(setting)),
@@ -364,7 +364,7 @@ def measure_baseline(setting: Setting, folder: Path) -> tuple[dict[str, Any], di
     steps = dict.fromkeys(players, config.batch_size)
     if config == Config():
         args = replace(rl.Args(), guidance="none", sft_every=1)  # a turn is a phase
-        players[DEFAULTS], steps[DEFAULTS] = Trainee(args, folder), steps_of_turn(args)
+        players[DEFAULTS], steps[DEFAULTS] = Trainee(args, folder / "defaults"), steps_of_turn(args)
     take_turns(players, setting.turns)
     return players, steps
 
@@ -372,16 +372,13 @@ def measure_baseline(setting: Setting, folder: Path) -> tuple[dict[str, Any], di
 def measure(options: Options) -> dict[str, Any]:
     rl.configure_jax(rl.Args())
     rates, ratios, result = {}, {}, {"num_steps": options.num_steps}
+    parts = [measure_envs, *[measure_trainings] * options.trainings, *[measure_baseline] * options.baseline]
     for setting in settings_of(options):
         n = str(setting.num_envs)
         rates[n], ratios[n] = {}, {}
         with tempfile.TemporaryDirectory() as folder:
-            folder = Path(folder)
-            parts = [lambda s=setting: measure_envs(s)]
-            parts += [lambda s=setting, f=folder: measure_trainings(s, f)] * options.trainings
-            parts += [lambda s=setting, f=folder: measure_baseline(s, f / "defaults")] * options.baseline
             for part in parts:
-                players, steps = part()
+                players, steps = part(setting, Path(folder))
                 new = {name: steps[name] / float(np.median(player.seconds)) for name, player in players.items()}
                 rates[n], ratios[n] = new | rates[n], ratios[n] | all_ratios(players, steps)
                 if "guided" in players and setting.num_envs == rl.Args().num_envs:

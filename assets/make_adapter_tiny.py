@@ -13,6 +13,7 @@ Read it top down: the teacher, the tokenizer, the training, the measures.
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -24,36 +25,41 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from random_situations import random_observations  # noqa: E402
+
 from envs import make_env  # noqa: E402
-from envs import vocabulary as words  # noqa: E402
-from envs.vocabulary import BASIC_SUB_GOALS, SUB_GOALS, sub_goals_in_text  # noqa: E402
+from envs.crafter import CRAFTER  # noqa: E402
+from envs.crafter import vocabulary as words  # noqa: E402
+from envs.crafter.captions import Scene, read_caption  # noqa: E402
 from rladapter_adapter import (  # noqa: E402
     INSTRUCTION,
     PROJECTIONS,
     UNKNOWN_SCORE,
     Adapter,
     LmConfig,
+    Text,
     Tree,
     adapter_prompt,
     batches,
-    import_transformers,
-    init_params,
     load_adapter,
     mean_nll,
     pack,
-    write_params,
+    param_shapes,
+    row_length,
 )  # fmt: skip
+from utils import hf_folder  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------- the teacher
 
-# What a caption must mention before a sub-goal is suggested. Only what the words themselves name: which of the possible
-# sub-goals is best is for RL to find out, so the teacher draws among them blindly.
+# What a caption must mention before the teacher suggests a sub-goal: the things that the words themselves name. Not
+# `CRAFTER.needs`, which is what the game demands: which of the sub-goals can be reached is for RL to find out.
 NEEDS = {
     "chop tree": ("see tree",), "place crafting table": ("hold wood",), "attack cow": ("see cow",),
     "chop grass": ("face grass",), "drink water": ("see water",), "make wood pickaxe": ("see crafting table",),
@@ -94,52 +100,31 @@ ARTICLES = {"iron": "", "water": "", "stone": "", "coal": "", "lava": "", "arrow
 LACKED = ("wood", "stone", "coal", "iron", "sapling", "wood pickaxe", "stone pickaxe", "wood sword")
 
 
-def read_caption(caption: str) -> dict[str, Any]:
-    """What a caption says: sights {name: where}, held {item: count, 1 for tools}, vitals {name: n}, ..."""
-    parts = dict(re.findall(r"^(You see|Facing|Inventory|Vitals|Unlocked)[^:]*: (.*)\.$", caption, re.M))
-    held = {}
-    for item in parts.get("Inventory", "nothing").split(", "):
-        count, _, name = item.partition(" ")
-        held |= {name: int(count)} if count.isdigit() else {item: 1}
-    held.pop("nothing", None)
-    return {
-        "sights": dict(re.findall(r"([a-z][a-z ]*) \(([^)]*)\)", parts.get("You see", ""))),
-        "facing": parts.get("Facing", ""),
-        "held": held,
-        "vitals": {name: int(n) for name, n in re.findall(r"([a-z]+) (\d+)", parts.get("Vitals", ""))},
-        "dark": "It is dark." in caption,
-        "asleep": "The player is asleep." in caption,
-        "enclosed": "The player is enclosed." in caption,
-    }
-
-
 def possible_sub_goals(caption: str) -> list[str]:
-    """Basic sub-goals whose things the caption mentions (NEEDS)."""
+    """Returns the basic sub-goals whose things the caption mentions (NEEDS)."""
     scene = read_caption(caption)
-    mentioned = {f"see {name}" for name in scene["sights"]} | {f"hold {name}" for name in scene["held"]}
-    mentioned |= {f"face {scene['facing']}"}
-    return [goal for goal in BASIC_SUB_GOALS if mentioned.issuperset(NEEDS[goal])]
+    mentioned = {f"see {name}" for name in scene.sights} | {f"hold {name}" for name in scene.inventory}
+    mentioned |= {f"face {scene.facing}"}
+    return [goal for goal in CRAFTER.basic_sub_goals if mentioned.issuperset(NEEDS[goal])]
 
 
-def true_statements(caption: str) -> tuple[list[str], list[str]]:
-    """Sentences that hold according to the caption: (the pressing ones, all others)."""
-    scene = read_caption(caption)
-    pressing = [s.format(name) for name, n in scene["vitals"].items() if n <= words.LOW for s in STATEMENTS["low"]]
-    where = scene["sights"].get("zombie")
-    if where and sum(int(n) for n in re.findall(r"\d+", where)) <= words.NEAR:
+def true_statements(scene: Scene) -> tuple[list[str], list[str]]:
+    """Returns sentences that hold in a scene: (the pressing ones, all others)."""
+    pressing = [s.format(name) for name, n in scene.vitals.items() if n <= words.LOW for s in STATEMENTS["low"]]
+    if "zombie" in scene.sights and sum(map(abs, scene.sights["zombie"])) <= words.NEAR:
         pressing.append(NEAR_ZOMBIE)
-    pressing += [text for text, holds in ((DARK, scene["dark"]), (ASLEEP, scene["asleep"])) if holds]
-    others = [ENCLOSED] if scene["enclosed"] else []
-    others += [s.format(ARTICLES.get(name, "a ") + name) for name in scene["sights"] for s in STATEMENTS["see"]]
-    for name in scene["held"]:
+    pressing += [text for text, holds in ((DARK, scene.dark), (ASLEEP, scene.asleep)) if holds]
+    others = [ENCLOSED] if scene.enclosed else []
+    others += [s.format(ARTICLES.get(name, "a ") + name) for name in scene.sights for s in STATEMENTS["see"]]
+    for name in scene.inventory:
         article = ("an " if name.startswith("iron") else "a ") if name.endswith(("pickaxe", "sword")) else ""
         others += [s.format(article + name) for s in STATEMENTS["hold"]]
-    lacked = [name for name in LACKED if name not in scene["held"]]
+    lacked = [name for name in LACKED if name not in scene.inventory]
     return pressing, others + [s.format(name) for name in lacked[:2] for s in STATEMENTS["lack"]]
 
 
 def gerund(goal: str) -> str:
-    """A basic sub-goal as a noun: "drink water" -> "drinking water"."""
+    """Returns a basic sub-goal as a noun: "drink water" -> "drinking water"."""
     verb, _, thing = goal.partition(" ")
     return f"{GERUNDS[verb]} {thing}".strip()
 
@@ -147,19 +132,19 @@ def gerund(goal: str) -> str:
 def write_analysis(
     rng: np.random.Generator, caption: str, sub_goals: Sequence[int], comprehension: float | None
 ) -> str:
-    """The teacher: how the last advice was understood, a fact or two of the caption, a sub-goal or two at random.
+    """Says how the last advice was understood, a fact or two of the caption, and a sub-goal or two at random.
 
-    Names literally only sub-goals whose things the caption mentions, and prefers none of them.
+    This is the teacher. It names literally only sub-goals whose things the caption mentions, and prefers none of them.
     """
     kind = "unknown"
     if comprehension is not None:
         kind = "good" if comprehension >= GOOD else "poor" if comprehension <= POOR else "fair"
-    basic = [goal for goal in (SUB_GOALS[i] for i in sub_goals) if goal in NEEDS]
+    basic = [goal for goal in (CRAFTER.sub_goals[i] for i in sub_goals) if goal in NEEDS]
     last = "the plan"  # composite sub-goals only
     if basic:
         last = gerund(basic[rng.integers(len(basic))])
     sentences = [str(rng.choice(UNDERSTOOD[kind] if sub_goals else NO_ADVICE)).format(last=last)]
-    pressing, others = true_statements(caption)
+    pressing, others = true_statements(read_caption(caption))
     facts = [str(rng.choice(pressing))] if pressing else []
     if others and (not facts or rng.random() < 0.5):
         facts.append(str(rng.choice(others)))
@@ -184,22 +169,21 @@ CHAT_TEMPLATE = (
 
 
 def phrases() -> list[str]:
-    """What always reads the same is a token each, so that prompts are short, and a name is one thing to look up.
-
-    With the space in front of it.
+    """Returns texts that are a token each, with the space in front: prompts are short, a name is one thing to look up.
     """
     fixed = [
         "You see:", ".\nFacing:", ".\nInventory:", ".\nVitals (of 9):", ".\nIt is day. The player is awake.",
         ".\nIt is dark. The player is awake.", "\nUnlocked:", "\nPrevious sub-goals:", ".\nComprehension score: 0.",
         f".\n{UNKNOWN_SCORE}", f"\n{INSTRUCTION}",
     ]  # fmt: skip
-    names = [*SUB_GOALS, *(name.replace("_", " ") for name in words.ACHIEVEMENTS), *map(gerund, BASIC_SUB_GOALS)]
+    names = [*CRAFTER.sub_goals, *(name.replace("_", " ") for name in CRAFTER.achievements)]
+    names += map(gerund, CRAFTER.basic_sub_goals)
     names += [f"{sight} (" for sight in words.SIGHTS] + [*words.VITALS, *words.INVENTORY, *words.SIGHTS]
     return list(dict.fromkeys(fixed + [f" {name}" for name in names]))
 
 
 def train_tokenizer(texts: Sequence[str]) -> Any:
-    """A byte-level BPE tokenizer of TINY's vocabulary at most, with its chat template, as transformers loads it."""
+    """Returns a byte-level BPE tokenizer of TINY's vocabulary at most, with its chat template, as of transformers."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -218,7 +202,8 @@ def train_tokenizer(texts: Sequence[str]) -> Any:
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in literal])
-    fast = import_transformers().PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+    transformers = hf_folder.import_transformers()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
     fast.chat_template = CHAT_TEMPLATE
     fast.model_max_length = TINY.max_position_embeddings
     return fast
@@ -231,30 +216,45 @@ BRANCHES = 8  # made-up analyses of one caption, which is read but once for all 
 MUON_RATE, ADAM_RATE = 0.02, 4e-3
 
 
+def init_params(config: LmConfig, key: jax.Array) -> Tree:
+    """Returns random base weights, f32, of variance 1 / inputs, embeddings smaller.
+
+    Larger than the usual 0.02 of large models, with which a model this small takes far longer to learn to copy from
+    its prompt.
+    """
+    shapes = param_shapes(config)
+    params = {}
+    for key_param, (name, shape) in zip(jax.random.split(key, len(shapes)), shapes.items(), strict=True):
+        std = 0.05 if name == "embed" else 1 / math.sqrt(shape[-2]) if "norm" not in name else 0.0
+        params[name] = jnp.ones(shape) if "norm" in name else std * jax.random.normal(key_param, shape)
+    return params
+
+
 def real_captions(seed: int, num: int) -> list[str]:
-    """Captions of Craftax situations from every stage of the game."""
+    """Returns captions of Craftax situations from every stage of the game."""
     env = make_env("Craftax-Classic-Symbolic-v1", 64)
-    return [env.to_text(obs) for obs in np.asarray(env.random_observations(jax.random.key(seed), num))]
+    return [env.to_text(obs) for obs in np.asarray(random_observations(env, jax.random.key(seed), num))]
 
 
 def made_up_examples(rng: np.random.Generator, caption: str, num: int) -> list[tuple[str, str]]:
-    """`num` pairs of prompt and analysis for a caption, with random previous sub-goals and scores."""
+    """Returns `num` pairs of prompt and analysis for a caption, with random previous sub-goals and scores."""
     examples = []
     for _ in range(num):
-        last = rng.choice(len(SUB_GOALS), rng.integers(0, 4), replace=False).tolist()
+        last = rng.choice(len(CRAFTER.sub_goals), rng.integers(0, 4), replace=False).tolist()
         score = None if rng.random() < 0.2 else float(rng.random())
-        examples.append((adapter_prompt(caption, last, score), write_analysis(rng, caption, last, score)))
+        prompt = adapter_prompt(CRAFTER, caption, last, score)
+        examples.append((prompt, write_analysis(rng, caption, last, score)))
     return examples
 
 
 def muon_dimensions(tree: Tree) -> Tree:
-    """Which base weights Muon takes, (in, out) being their last two dimensions; None leaves the rest to Adam."""
+    """Says which base weights Muon takes, (in, out) being their last two dimensions; None leaves the rest to Adam."""
     matrix = optax.contrib.MuonDimensionNumbers((1,), (2,))
     return {"params": {name: matrix if name in PROJECTIONS else None for name in tree["params"]}}
 
 
 def pretrain_optimizer(steps: int) -> Any:
-    """Muon, which learns to copy in fewer steps than Adam does, with warm-up and cosine decay."""
+    """Returns Muon, which learns to copy in fewer steps than Adam does, with warm-up and cosine decay."""
     warmup = min(30, steps // 2)
     muon, adam = (
         optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps, rate / 20) for rate in (MUON_RATE, ADAM_RATE)
@@ -267,22 +267,50 @@ def pretrain_optimizer(steps: int) -> Any:
 
 @partial(jax.jit, static_argnames=("graphdef", "steps"), donate_argnames=("base", "optimizer"))
 def pretrain_step(graphdef: Any, base: Tree, optimizer: Any, batch: Tree, steps: int) -> tuple[Tree, Any, jax.Array]:
-    """One step on the base weights, of `steps` in all. Returns base, optimizer, and the loss before the step."""
+    """Does one step on the base weights, of `steps` in all. Returns base, optimizer, and the loss before the step."""
     loss, gradient = jax.value_and_grad(mean_nll, argnums=1)(graphdef, base, {"lora": {}}, batch)
     updates, optimizer = pretrain_optimizer(steps).update(gradient, optimizer, base)
     return optax.apply_updates(base, updates), optimizer, loss
 
 
+def pack_groups(groups: Sequence[Sequence[Text]], length: int) -> dict[str, np.ndarray]:
+    """Puts each group of texts into a row of `length` columns, in the form of `rladapter_adapter.pack`.
+
+    Stores what all prompts of a group begin with once; the texts go on from there, and do not see each other. Leaves
+    out what does not fit, down to whole texts. Raises ValueError if not even the first one fits.
+    """
+    packed = pack([([], [])] * len(groups), length)  # rows of padding
+    for row, group in enumerate(groups):
+        prefix = os.path.commonprefix([prompt for prompt, _ in group]) if len(group) > 1 else []
+        end = len(prefix)
+        packed["tokens"][row, :end] = prefix[:length]
+        for i, (prompt, response) in enumerate(group):
+            text = [*prompt[len(prefix) :], *response]
+            if end + len(text) > length:
+                if i == 0:
+                    raise ValueError(f"a text of {end + len(text)} tokens does not fit a row of {length}")
+                break
+            columns = slice(end, end + len(text))
+            packed["tokens"][row, columns] = text
+            packed["starts"][row, columns] = end
+            packed["shared"][row, columns] = len(prefix)
+            end += len(text)
+            packed["weights"][row, end - len(response) : end] = 1
+    return packed
+
+
 def packed_batches(rng: np.random.Generator, adapter: Adapter, captions: Sequence[str], num: int) -> list[Tree]:
-    """`num` batches of ROWS captions, each with BRANCHES analyses (fewer where a row is full)."""
+    """Returns `num` batches of ROWS captions, each with BRANCHES analyses (fewer where a row is full)."""
     some = [captions[i] for i in rng.integers(len(captions), size=num * ROWS)]
     groups = [[adapter.encode_example(*pair) for pair in made_up_examples(rng, c, BRANCHES)] for c in some]
-    return batches(pack(groups, LENGTH), ROWS, np.arange(len(groups)))
+    return batches(pack_groups(groups, LENGTH), ROWS, np.arange(len(groups)))
 
 
 def train(captions: Sequence[str], folder: Path, steps: int, seed: int = 0, report: Any = print) -> None:
-    """Trains on made-up analyses of these captions and writes `folder`. The same captions, seed and machine give the
-    same model. `report` gets a line every 100 steps."""
+    """Trains on made-up analyses of these captions and writes `folder`.
+
+    The same captions, seed and machine give the same model. `report` gets a line every 100 steps.
+    """
     rng = np.random.default_rng(seed)
     some = rng.permutation(len(captions))[:2000]
     tokenizer = train_tokenizer([" ".join(made_up_examples(rng, captions[i], 1)[0]) for i in some])
@@ -301,13 +329,13 @@ def train(captions: Sequence[str], folder: Path, steps: int, seed: int = 0, repo
 
 
 def write_folder(folder: Path, config: LmConfig, params: Tree, tokenizer: Any) -> None:
-    """A Hugging Face model folder of model_type llama, written beside its place, then moved there."""
+    """Writes a Hugging Face model folder of model_type llama, beside its place, and moves it there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
         shape = {name: getattr(config, name) for name in f"{names} head_dim max_position_embeddings".split()}
-        hf = import_transformers().LlamaConfig(
+        hf = hf_folder.import_transformers().LlamaConfig(
             **shape, rms_norm_eps=config.rms_norm_eps, tie_word_embeddings=config.tie_word_embeddings,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}, dtype="float32",
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -315,7 +343,7 @@ def write_folder(folder: Path, config: LmConfig, params: Tree, tokenizer: Any) -
         hf.architectures = ["LlamaForCausalLM"]
         hf.save_pretrained(str(draft))
         tokenizer.save_pretrained(str(draft))
-        write_params(draft, config, params)
+        hf_folder.write_params(draft, {name: params[name] for name in param_shapes(config)})
         draft.chmod(0o755)  # mkdtemp's are private
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
@@ -333,17 +361,17 @@ STATEMENT = re.compile("|".join(
 
 def all_true_statements(caption: str) -> set[str]:
     scene = read_caption(caption)
-    lacked = {s.format(name) for name in LACKED if name not in scene["held"] for s in STATEMENTS["lack"]}
-    return {*sum(true_statements(caption), []), *lacked}
+    lacked = {s.format(name) for name in LACKED if name not in scene.inventory for s in STATEMENTS["lack"]}
+    return {*sum(true_statements(scene), []), *lacked}
 
 
 def score_texts(captions: Sequence[str], analyses: Sequence[str]) -> dict[str, float]:
-    """What analyses of these captions are worth: shares of true statements, of sub-goals that are possible, variety."""
+    """Measures analyses of these captions: shares of true statements, of sub-goals that are possible, variety."""
     stated = true = named = possible = named_any = possible_any = 0
     for caption, analysis in zip(captions, analyses, strict=True):
         statements = [sentence for sentence in re.findall(r"[^. ][^.]*\.", analysis) if STATEMENT.fullmatch(sentence)]
         truths, can = all_true_statements(caption), set(possible_sub_goals(caption))
-        goals = [SUB_GOALS[i] for i in sub_goals_in_text(analysis)]
+        goals = [CRAFTER.sub_goals[i] for i in CRAFTER.sub_goals_in_text(analysis)]
         stated, true = stated + len(statements), true + sum(s in truths for s in statements)
         named, possible = named + len(goals), possible + sum(goal in can for goal in goals)
         named_any, possible_any = named_any + bool(goals), possible_any + any(goal in can for goal in goals)
@@ -358,18 +386,19 @@ def score_texts(captions: Sequence[str], analyses: Sequence[str]) -> dict[str, f
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """distinct-n: different n-grams of words by all n-grams (Li et al. 2016, arXiv 1510.03055)."""
+    """Returns distinct-n: different n-grams of words by all n-grams (Li et al. 2016, arXiv 1510.03055)."""
     grams = [tuple(w[i : i + n]) for w in (text.split() for text in texts) for i in range(len(w) - n + 1)]
     return len(set(grams)) / max(len(grams), 1)
 
 
 def measure(adapter: Adapter, seed: int, num: int = 256) -> tuple[dict[str, float], list[tuple[str, str]]]:
-    """Sampled analyses of `num` situations that no training saw, and the teacher's perplexity under the adapter."""
+    """Returns measures and the analyses behind them, sampled for `num` situations that no training saw."""
     rng = np.random.default_rng(seed)
     captions = real_captions(seed, num)
     pairs = [made_up_examples(rng, caption, 1)[0] for caption in captions]
     analyses = adapter.analyse([prompt for prompt, _ in pairs], jax.random.key(seed))
-    nll = adapter.measure(pairs)
+    texts = [adapter.encode_example(*pair) for pair in pairs]
+    nll = adapter.nll(pack(texts, row_length(texts)))  # of the teacher's analyses
     result = score_texts(captions, analyses) | {"held_out_perplexity": math.exp(nll)}
     return result, [(prompt, analysis) for (prompt, _), analysis in zip(pairs, analyses, strict=True)]
 
@@ -382,9 +411,9 @@ def main(
 
     Args:
         out: folder that is written
-        steps: of training
-        seed: of weights, situations and made-up analyses
-        captions: situations to train on
+        steps: steps of training
+        seed: seed of weights, situations and made-up analyses
+        captions: number of situations to train on
         measure_only: measure this model or LoRA folder instead of training one
         samples: print so many analyses of held-out situations too
     """

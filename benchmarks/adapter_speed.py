@@ -34,11 +34,11 @@ class Options:
     batch: int = 16
     """prompts at a time"""
     prompt: int = 256
-    """tokens of each"""
+    """tokens of each prompt"""
     shared: int = 192
     """tokens that all prompts begin with, for the row with a shared prefix"""
     new: int = 64
-    """new tokens"""
+    """new tokens for each prompt"""
     layers: int = SHAPE["num_hidden_layers"]
     """layers of the model"""
     repeats: int = 3
@@ -54,7 +54,7 @@ class Options:
 
 
 def make_checkpoint(options: Options, folder: Path) -> None:
-    """A random model and a tokenizer that nobody uses."""
+    """Writes a random model, and a tokenizer that nobody uses."""
     import torch
     import transformers
     from tokenizers import Tokenizer, models
@@ -67,14 +67,14 @@ def make_checkpoint(options: Options, folder: Path) -> None:
 
 
 def prompts_of(options: Options) -> np.ndarray:
-    """(batch, prompt) random tokens; the first `shared` of all rows are the same."""
+    """Returns (batch, prompt) random tokens; the first `shared` of all rows are the same."""
     tokens = np.random.default_rng(0).integers(2, SHAPE["vocab_size"], (options.batch, options.prompt))
     tokens[:, : options.shared] = tokens[0, : options.shared]
     return tokens
 
 
 def median_seconds(run: Any, repeats: int) -> tuple[float, float]:
-    """Median seconds of a call, and those of the first one, which compiles."""
+    """Returns the median seconds of a call, and those of the first one, which compiles."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -135,7 +135,7 @@ def time_torch(options: Options) -> dict[str, float]:
 
 
 def summarise(options: Options, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rates from the medians over a kind's children."""
+    """Returns rates, from the medians over a kind's children."""
     prefill, total = (float(np.median([run[name] for run in runs])) for name in ("prefill", "total"))
     result = {
         "device": runs[0]["device"], "total_seconds": total,

@@ -1,9 +1,9 @@
-"""A chat server that is no LLM: the guide `rules` behind OpenAI's HTTP interface, after a latency that is set.
+"""A chat server that is no LLM: Crafter's rules behind OpenAI's HTTP interface, after a latency that is set.
 
     python benchmarks/chat_server.py --port 8123 --latency 0.1
 
-For measurements and for trying `--llm http` without a model. Prints its address when it listens. It answers in the
-schema where one is asked for, and counts characters / 4 as tokens.
+For measurements and for trying `--llm http` without a model. Prints its address when it listens. It reads Crafter's
+captions, answers in the schema where one is asked for, and counts characters / 4 as tokens.
 """
 
 import asyncio
@@ -16,7 +16,9 @@ from pathlib import Path
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import llm_client
+from envs.crafter import CRAFTER
+from envs.crafter.captions import read_caption, truths_of
+from llm_client import MAX_SUB_GOALS, format_reply
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,23 @@ class Options:
     """seconds before each answer"""
 
 
+def advise(text: str) -> list[tuple[int, tuple[str, ...]]]:
+    """Returns what the rules advise in the situation that a message describes. Raises ValueError without a caption."""
+    truths = truths_of(read_caption(text))
+    named = CRAFTER.sub_goals_in_text(text.partition("\nAnalysis: ")[2])
+    return CRAFTER.advise(truths, named)[:MAX_SUB_GOALS]
+
+
 def answer(request: dict) -> dict:
-    """A chat completion. Messages without a caption, such as the check before training, are answered "ready"."""
-    (reply,) = llm_client.RulesGuide().complete([request["messages"]], [0])
-    text = reply.text or "ready"
-    if reply.text and "response_format" in request:
-        pairs = json.loads(text)["sub_goals"].items()
-        text = json.dumps({"sub_goals": [{"name": name, "because": reasons} for name, reasons in pairs]})
-    elif "response_format" in request:
-        text = '{"sub_goals": [{"name": "sleep", "because": []}]}'
+    """Returns a chat completion. Without a caption, as in the check before training, it says "ready"."""
+    try:
+        advice = advise(request["messages"][-1]["content"])
+    except ValueError:
+        advice = []
+    text = format_reply(CRAFTER, advice) if advice else "ready"
+    if "response_format" in request:
+        items = [{"name": CRAFTER.sub_goals[i], "because": list(reasons)} for i, reasons in advice]
+        text = json.dumps({"sub_goals": items or [{"name": "sleep", "because": []}]})
     characters = sum(len(message["content"]) for message in request["messages"])
     usage = {"prompt_tokens": characters // 4, "completion_tokens": len(text) // 4}
     message = {"role": "assistant", "content": text}

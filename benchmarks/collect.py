@@ -54,9 +54,14 @@ def curve(metrics: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {
         "global_step": [metrics[i]["global_step"] for i in kept],
         "episodic_return": [round(metrics[i]["charts/episodic_return"], 3) for i in kept],
-        "score": [round(metrics[i]["crafter/score"], 3) for i in kept],
+        "score": [round(score_of(metrics[i]), 3) for i in kept],
         "llm_calls": [int(calls[i]) for i in kept],
     }
+
+
+def score_of(record: dict[str, Any]) -> float:
+    """Of a phase, under the game's own tag."""
+    return next(value for tag, value in record.items() if tag.endswith("/score"))
 
 
 def collect(suite: str, runs_dir: Path, results_dir: Path, allow_dirty: bool = False) -> list[Path]:

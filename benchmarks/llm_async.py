@@ -1,7 +1,7 @@
 """What --llm-async is worth: how long the device waits for a slow guide, and what answers one phase late cost.
 
     python benchmarks/llm_async.py                       # the table in docs/llm.md
-    python benchmarks/llm_async.py --latencies 0.2 --flags="--env-id Toy-v0 --adapter none" --total-timesteps 2e4
+    python benchmarks/llm_async.py --latencies 0.2 --flags="--adapter none --eval-episodes 16" --total-timesteps 2e4
 
 Each run is a training against benchmarks/chat_server.py, which waits before every answer. Prints a table; runs are kept
 in --runs.

@@ -27,6 +27,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import rladapter_ppo as rl  # noqa: E402
+from utils import runs  # noqa: E402
+from utils.cli import BigInt  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ VARIANTS = {
     "context-only": Variant("no bonus", "guidance as context only, no bonus", "--guidance-bonus 0"),
     "no-adapter": Variant("no adapter", "no adapter", "--adapter none"),
     "no-sft": Variant("no fine-tuning", "no fine-tuning of the adapter", "--sft-every 0"),
-    "no-trials": Variant("no trials", "no trials of advice against saying nothing", "--candidates 1"),
+    "no-trials": Variant("no trials", "no trials of advice against saying nothing", "--no-trials"),
     "random": Variant("random guide", "a guide that advises at random", "--llm random"),
     "pause": Variant(
         "kept per phase",
@@ -92,8 +94,9 @@ SUITES = {
         "--queries-per-phase 2 --eval-episodes 16 --adapter none --total-timesteps 2000",
     ),
 }  # fmt: skip
+RENAMED = {"--candidates 1": "--no-trials"}  # flags of older results, and what they are called today
 SuiteName = Literal["main", "comprehension", "toy"]
-FREE_FLAGS = {"run_dir", "resume", "exp_name", "track", "save_every", "debug_nans"}  # these change no result
+FREE_FLAGS = {"run_dir", "resume", "exp_name", "track", "save_every"}  # these change no result
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Options:
     """only these; default all of the suite"""
     only: tuple[str, ...] = ()
     """only these of the runs, for example none-3"""
-    total_timesteps: rl.BigInt | None = None
+    total_timesteps: BigInt | None = None
     """env steps of each run; default as the suite has it"""
     runs_dir: Path | None = None
     """where the run folders are; default runs/<suite>"""
@@ -153,7 +156,7 @@ def differing_flag(found: dict[str, Any], argv: list[str]) -> str | None:
 
     A flag that either side does not know counts as having its default.
     """
-    default, expected = rl.flags(rl.Args()), rl.flags(tyro.cli(rl.Args, args=argv))
+    default, expected = runs.flags(rl.Args()), runs.flags(tyro.cli(rl.Args, args=argv))
     for name in expected.keys() - FREE_FLAGS:
         if found.get(name, default[name]) != expected[name]:
             return f"--{name.replace('_', '-')}: {found.get(name, default[name])} there, {expected[name]} here"

@@ -10,7 +10,7 @@
 All that is compared takes turns, so that a machine that slows down slows all of it, and only ratios are compared.
 Clocks stop after `block_until_ready`; compilation and each one's first turn are left out. Three ways to reset:
 craftax's own auto-reset (a fresh world for every env at every step), optimistic resets as in Craftax_Baselines (a fresh
-world for every 16th env at every step, shared by those that end), and ours (`envs/craftax.py`).
+world for every 16th env at every step, shared by those that end), and ours (`envs/crafter/env.py`).
 
 "Same work": the loop of Craftax_Baselines' PPO (`baseline.py`) beside ours, both with its network, rollouts, epochs and
 minibatches. With its own number of envs, 1,024, our defaults take turns beside them.
@@ -22,8 +22,9 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,14 @@ from flax import nnx
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import llm_client  # noqa: E402
 import rladapter_ppo as rl  # noqa: E402
-import runs  # noqa: E402
 from envs import make_env  # noqa: E402
+from guidance import HostTable, draw_exposure  # noqa: E402
+from rladapter_adapter import SftArgs, make_adapter  # noqa: E402
+from utils import run_folder, runs  # noqa: E402
+from utils.compilation import use_compilation_cache  # noqa: E402
+from utils.devices import SharedEnv  # noqa: E402
+from utils.llm_http import estimate_tokens  # noqa: E402
 
 ENV_ID = "Craftax-Classic-Symbolic-v1"
 SHORTER = 512  # env steps of a turn with craftax's own auto-reset, which is slow
@@ -48,7 +53,7 @@ DEFAULTS = "unguided, our defaults (64 envs)"
 TRAININGS = {
     "unguided": {"guidance": "none"},
     "guided": {},
-    "guided, no adapter": {"adapter": "none"},
+    "guided, no adapter": {"sft": SftArgs(adapter="none")},
 }
 # What --check compares: (name, numerator, denominator)
 RATIOS = (
@@ -104,12 +109,16 @@ class Setting:
         usual = default.updates_per_phase * default.batch_size  # env steps of a phase
         updates = min(max(1, usual // base.batch_size), default.updates_per_phase)
         times = updates * base.batch_size / usual
-        base = replace(
-            base, updates_per_phase=updates, queries_per_phase=max(1, round(default.queries_per_phase * times)),
-            sft_every=max(1, round(default.sft_every / times)),
-        )  # fmt: skip
-        num_phases = 1 + self.training_turns * base.sft_every
-        return replace(base, total_timesteps=num_phases * updates * base.batch_size)
+        queries = max(1, round(default.table.queries_per_phase * times))
+        sft_every = max(1, round(default.sft.sft_every / times))
+        num_phases = 1 + self.training_turns * sft_every
+        return replace(
+            base,
+            updates_per_phase=updates,
+            table=replace(base.table, queries_per_phase=queries),
+            sft=replace(base.sft, sft_every=sft_every),
+            total_timesteps=num_phases * updates * base.batch_size,
+        )
 
 
 def settings_of(options: Options) -> list[Setting]:
@@ -125,7 +134,7 @@ def our_resets(setting: Setting) -> tuple[Any, Callable]:
 
     def step(state: Any, key: jax.Array) -> tuple[Any, jax.Array]:
         key_action, key_step = jax.random.split(key)
-        action = jax.random.randint(key_action, (n,), 0, env.num_actions)
+        action = jax.random.randint(key_action, (n,), 0, len(env.game.actions))
         state, reward, _, _ = env.step(jax.random.split(key_step, n), state, action)
         return state, env.features(env.observe(state)).sum() + reward.sum()
 
@@ -174,22 +183,17 @@ def steps_of_auto_reset(setting: Setting) -> int:
 def rollout(setting: Setting) -> tuple[Any, Callable]:
     """An unguided policy plays."""
     args = replace(setting.args, guidance="none")
-    env = make_env(ENV_ID, args.num_envs)
-    agent, params = rl.make_agent(args, env, jax.random.key(0))
-    runner, table = runner_and_table(args, agent, params)
-    lookup = rl.make_lookup(args, table, jax.random.key(2), env.facts(env.observe(runner.env_state)))
+    env = SharedEnv(make_env(ENV_ID, args.num_envs))
+    table = HostTable(args.table, env).for_training()
+    agent, params = rl.make_agent(args, env, table, jax.random.key(0))
+    runner, _ = rl.init_runner(args, agent, params, jax.random.key(1))
+    exposure = draw_exposure(table, jax.random.key(2), env.facts(env.observe(runner.env_state)))
 
     def play(runner: Any, key: jax.Array) -> tuple[Any, Any]:
-        runner, transitions, _ = rl.rollout(args, agent, runner, table, lookup)
+        runner, transitions, _ = rl.rollout(args, agent, runner, table, exposure)
         return runner, transitions
 
     return runner, jax.jit(play)
-
-
-def runner_and_table(args: rl.Args, agent: rl.Agent, params: Any) -> tuple[rl.Runner, rl.GuidanceTable]:
-    runner = jax.jit(rl.init_runner, static_argnums=(0, 1))(args, agent, params, jax.random.key(1))
-    obs = agent.env.observe(runner.env_state)
-    return runner, rl.Records(args, agent.env.num_actions, obs.shape[1:]).table()
 
 
 def same_work(config: Config) -> tuple[Any, Callable]:
@@ -198,12 +202,13 @@ def same_work(config: Config) -> tuple[Any, Callable]:
         guidance="none", updates_per_phase=1, num_envs=config.num_envs, num_steps=config.num_steps,
         update_epochs=config.update_epochs, num_minibatches=config.num_minibatches,
     )  # fmt: skip
-    env = make_env(ENV_ID, args.num_envs)
-    num_features = jax.eval_shape(lambda key: env.features(env.observe(env.reset(key, 1))), jax.random.key(0)).shape[-1]
-    network = TwoTowers(num_features, env.num_actions, config.layer_size, nnx.Rngs(0))
+    env = SharedEnv(make_env(ENV_ID, args.num_envs))
+    num_features = jax.eval_shape(env.features, np.zeros((1, env.obs_size), np.uint8)).shape[-1]
+    network = TwoTowers(num_features, len(env.game.actions), config.layer_size, nnx.Rngs(0))
     graphdef, params = nnx.split(network)
-    agent = rl.Agent(env, graphdef, args.guidance)
-    runner, table = runner_and_table(args, agent, params)
+    agent = rl.Agent(env, graphdef, args.context)
+    table = HostTable(args.table, env).for_training()
+    runner, _ = rl.init_runner(args, agent, params, jax.random.key(1))
 
     def play(runner: Any, _: jax.Array) -> tuple[Any, Any]:
         runner, metrics, *_ = rl.train_phase(args, agent, runner, table, np.int32(1))
@@ -218,6 +223,8 @@ class Player:
     def __init__(self, state: Any, play: Callable):
         self.state, self.play, self.seconds = state, play, []
 
+    def close(self) -> None: ...
+
     def turn(self, i: int) -> None:
         start = time.perf_counter()
         self.state, out = self.play(self.state, jax.random.key(i))
@@ -228,26 +235,63 @@ class Player:
 # ----------------------------------------------------------------------------------------------------------- trainings
 
 
+class GatedRun(runs.Run):
+    """A run that waits before each phase until it may go on."""
+
+    def __init__(self, args: rl.Args):
+        super().__init__(args)
+        self.console.quiet = True
+        self.may_go, self.done, self.error = threading.Semaphore(0), threading.Semaphore(0), None
+
+    def phases(self) -> Iterator[int]:
+        for phase in super().phases():
+            self.may_go.acquire()
+            if self.stopped:
+                return
+            yield phase
+            self.done.release()
+
+
 class Trainee:
-    """A run in a temporary folder; a turn is as many phases as there are to a fine-tuning, but for the first: one."""
+    """A run in a temporary folder; a turn is as many phases as there are to a fine-tuning, but for the first: one.
+
+    It trains in a thread of its own, so that `main` is what is measured, and stands still between its turns.
+    """
 
     def __init__(self, args: rl.Args, folder: Path):
-        self.session = rl.prepare(args, folder, False, [])
-        self.log = runs.Log(folder, False, {})
-        values = args, self.session.agent, self.session.runner, rl.current_table(self.session), np.int32(1)
-        self.compiled, self.compile_seconds = rl.ahead_of_time(args, rl.train_phase, *values)
-        self.compile_seconds += rl.warm_up_adapter(self.session)
-        self.seconds: list[float] = []
+        # One phase more than there are turns for: the final evaluation is no part of a turn.
+        one_phase = args.updates_per_phase * args.batch_size
+        self.args = replace(args, run_dir=folder, total_timesteps=args.total_timesteps + one_phase)
+        self.folder, self.seconds = folder, []
+        self.run = GatedRun(self.args)
+        self.thread = threading.Thread(target=self._train, daemon=True)
+        self.thread.start()
+
+    def _train(self) -> None:
+        try:
+            with self.run:
+                rl.main(self.args, self.run)
+        except BaseException as error:
+            self.run.error = error
+            self.run.done.release()
 
     def turn(self, i: int) -> None:
         start = time.perf_counter()
-        for _ in range(self.session.args.sft_every if i else 1):
-            rl.run_phase(self.session, self.compiled, self.log)
+        for _ in range(self.args.sft.sft_every if i else 1):
+            self.run.may_go.release()
+            self.run.done.acquire()
+            if self.run.error:
+                raise self.run.error
         self.seconds.append(time.perf_counter() - start)
+
+    def close(self) -> None:
+        self.run.stopped = True
+        self.run.may_go.release()
+        self.thread.join()
 
 
 def steps_of_turn(args: rl.Args) -> int:
-    return args.batch_size * args.updates_per_phase * args.sft_every
+    return args.batch_size * args.updates_per_phase * args.sft.sft_every
 
 
 def take_turns(players: dict[str, Any], turns: int) -> None:
@@ -257,19 +301,22 @@ def take_turns(players: dict[str, Any], turns: int) -> None:
             player.turn(i)
     for player in players.values():
         del player.seconds[0]
+        player.close()
 
 
 def be_child(options: Options) -> None:
     """A guided training of one update and --turns turns, whose times and peak memory are printed."""
     (num_envs,) = options.num_envs
     args = Setting(num_envs, options.num_steps, 3 * options.turns).args
-    rl.configure_jax(args)
+    use_compilation_cache()
     with tempfile.TemporaryDirectory() as folder:
         trainee = Trainee(args, Path(folder) / "run")
         for i in range(1 + options.turns):
             trainee.turn(i)
+        compile_seconds = trainee.run.compile_clock.seconds
+        trainee.close()
     rate = steps_of_turn(args) / float(np.median(trainee.seconds[1:])) if options.turns else None
-    printed = {"compile": trainee.compile_seconds, "steps_per_second": rate, "peak_memory_gb": peak_memory()}
+    printed = {"compile": compile_seconds, "steps_per_second": rate, "peak_memory_gb": peak_memory()}
     print(json.dumps(printed))
 
 
@@ -319,16 +366,16 @@ def all_ratios(players: dict[str, Any], steps: dict[str, int]) -> dict[str, floa
 
 
 def questions_per_million(trainee: Trainee) -> dict[str, float]:
-    """Questions and tokens, those of the guide estimated as for a budget (`llm_client.estimate_tokens`)."""
-    counters, adapter = trainee.session.counters, trainee.session.adapter
-    answers = runs.read_log(trainee.session.folder, "guidance.jsonl")
+    """Questions and tokens, those of the guide estimated as for a budget."""
+    adapter = make_adapter(trainee.args.sft, trainee.args.seed)
+    answers = run_folder.read_log(trainee.folder, "guidance.jsonl")
     sums = {
         "questions": len(answers),
-        "adapter, prompt tokens": sum(len(adapter.encode_prompt(a["adapter_prompt"], 10**6)) for a in answers),
+        "adapter, prompt tokens": sum(len(adapter.chat.encode(a["adapter_prompt"], 10**6)) for a in answers),
         "adapter, tokens written": sum(len(adapter.tokenizer.encode(a["analysis"])) for a in answers),
-        "guide, prompt tokens": sum(llm_client.estimate_tokens(a["messages"]) for a in answers),
+        "guide, prompt tokens": sum(estimate_tokens(a["messages"]) for a in answers),
     }
-    return {name: value / counters["global_step"] * 1e6 for name, value in sums.items()}
+    return {name: value / trainee.run.totals["global_step"] * 1e6 for name, value in sums.items()}
 
 
 def measure_envs(setting: Setting, _: Path) -> tuple[dict[str, Player], dict[str, int]]:
@@ -363,14 +410,14 @@ def measure_baseline(setting: Setting, folder: Path) -> tuple[dict[str, Any], di
     }  # fmt: skip
     steps = dict.fromkeys(players, config.batch_size)
     if config == Config():
-        args = replace(rl.Args(), guidance="none", sft_every=1)  # a turn is a phase
+        args = replace(rl.Args(), guidance="none", sft=SftArgs(sft_every=1))  # a turn is a phase
         players[DEFAULTS], steps[DEFAULTS] = Trainee(args, folder / "defaults"), steps_of_turn(args)
     take_turns(players, setting.turns)
     return players, steps
 
 
 def measure(options: Options) -> dict[str, Any]:
-    rl.configure_jax(rl.Args())
+    use_compilation_cache()
     rates, ratios, result = {}, {}, {"num_steps": options.num_steps}
     parts = [measure_envs, *[measure_trainings] * options.trainings, *[measure_baseline] * options.baseline]
     for setting in settings_of(options):
@@ -391,7 +438,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    described = runs.describe_machine()
+    described = run_folder.describe_machine()
     return {name: described[name] for name in ("device", "num_cpus", "git_commit")}
 
 

@@ -1,20 +1,41 @@
-"""Environments, what is said of them, what counts as reaching a sub-goal. `envs.craftax` documents the protocol."""
+"""Environments. A new one is a file (or folder) with `make_env(num_envs, num_devices)`, and a line in `ENVS`.
 
-import math
+The protocol (`envs/toy.py` is the smallest example). An env is an object without arrays of its own, hashable and equal
+to another one of the same settings, so that it can be a static argument of `jax.jit`. It has
+
+    game: Game                                   its words (`envs.game`)
+    num_pools: int                               G, see below
+    reset(key, num_envs) -> state                fresh episodes; `state` is any pytree
+    refill(keys (G,), state) -> state            called once per update, for work too expensive to do at each step
+    observe(state) -> obs (N, O) uint8           all that policy, facts and caption are made of
+    step(keys (N,), state, action (N,)) -> state, reward (N,) f32, done (N,) bool, info
+    features(obs (..., O)) -> (..., F) f32       what the policy sees of it
+    facts(obs (..., O)) -> (..., P) bool         in the order of `game.facts`
+    to_text(obs (O,)) -> str                     the caption, on the host
+
+The first axis of every array of `state` has N or G entries: env i and pool i * G // N belong together, and nothing else
+does, so that D devices (G divisible by D) can each run `refill`, `observe` and `step` on their part of both.
+
+`step` resets an env whose episode ends: the state it returns is then the first one of the next episode, reward and
+done are those of the step. `info` holds, per env,
+
+    reached (N, num_basic) bool      basic sub-goals that were reached with this step
+    worked (N, num_basic) bool       basic sub-goals that were worked towards, reached ones included: what a bonus pays
+    achievements (N, A) bool         `game.achievements` as they stood at the end of the step, before the reset
+"""
+
+import importlib
 from typing import Any
+
+# Env id -> module with make_env(num_envs, num_devices). Imported when asked for: some games take seconds to import.
+ENVS = {
+    "Craftax-Classic-Symbolic-v1": "envs.crafter",
+    "Toy-v0": "envs.toy",
+}
 
 
 def make_env(env_id: str, num_envs: int, num_devices: int = 1) -> Any:
     """The env of that id, for num_envs parallel games on that many devices. Raises ValueError for an unknown id."""
-    if env_id == "Craftax-Classic-Symbolic-v1":
-        from envs.craftax import CraftaxEnv
-
-        # From 2,048 envs on 1, 2, 4 and 8 devices have the same pools, and so the same results. Below that, as many
-        # pools would waste worlds.
-        num_pools = math.lcm(num_devices, 8 if num_envs % 8 == 0 and num_envs >= 2048 else 1)
-        return CraftaxEnv(pool_size=max(8, num_envs // num_pools), num_pools=num_pools)
-    if env_id == "Toy-v0":
-        from envs.toy import ToyEnv
-
-        return ToyEnv(num_pools=num_devices)
-    raise ValueError(f"--env-id: unknown env {env_id!r}; choose Craftax-Classic-Symbolic-v1 or Toy-v0")
+    if env_id not in ENVS:
+        raise ValueError(f"--env-id: unknown env {env_id!r}; choose {' or '.join(ENVS)}")
+    return importlib.import_module(ENVS[env_id]).make_env(num_envs, num_devices)

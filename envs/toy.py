@@ -3,18 +3,39 @@
 Eight steps an episode; each right action is worth 1, so the best return is 8 and a random one about 8 / 3.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from envs.vocabulary import FACT_INDEX, FACTS, NUM_BASIC, SUB_GOAL_INDEX
+from envs.game import Advice, Game, holds
 
 EPISODE_LENGTH = 8
-_FACTS = np.array([FACT_INDEX["tree in view"], FACT_INDEX["water in view"]])
-_GOALS = np.array([SUB_GOAL_INDEX["chop tree"], SUB_GOAL_INDEX["drink water"]])
+RULES = (("chop tree", ("tree in view",)), ("drink water", ("water in view",)))
+
+
+def advise(truths: dict[str, bool], named: Sequence[int]) -> Advice:
+    """Returns what is right in a situation, whatever the adapter's analysis names."""
+    return [(i, reasons) for i, (_, reasons) in enumerate(RULES) if holds(truths, reasons)]
+
+
+TOY = Game(
+    name="toy",
+    actions=("chop", "drink", "noop"),
+    achievements=("collect_wood", "collect_drink"),
+    facts=("tree in view", "water in view"),
+    sub_goals=("chop tree", "drink water", "rest"),
+    num_basic=2,
+    prompt="You guide a player who sees either a tree or a lake. It is paid for chopping trees and for drinking.",
+    example={"chop tree": ["tree in view"]},
+    needs=dict(RULES),
+    things={"chop tree": "tree", "drink water": "water"},
+    advise=advise,
+    sub_goal_aliases={"drink water": "drink from lake"},
+    word_forms={"trees": "tree"},
+)
 
 
 @jax.tree_util.register_dataclass
@@ -27,10 +48,8 @@ class ToyState:
 
 @dataclass(frozen=True)
 class ToyEnv:
-    name: str = "Toy-v0"
     num_pools: int = 1
-    num_actions: int = 3  # chop, drink, nothing
-    achievements: tuple[str, ...] = ("collect_wood", "collect_drink")
+    game: Game = TOY
 
     def reset(self, key: jax.Array, num_envs: int) -> ToyState:
         target = jax.random.bernoulli(key, shape=(num_envs,)).astype(jnp.int32)
@@ -44,9 +63,8 @@ class ToyEnv:
 
     def step(self, keys: jax.Array, state: ToyState, action: jax.Array) -> tuple[ToyState, jax.Array, jax.Array, dict]:
         right = action == state.target
-        hit = (state.target[:, None] == jnp.arange(2)) & right[:, None]  # (N, 2)
-        reached = jnp.zeros((*action.shape, NUM_BASIC), bool).at[:, _GOALS].set(hit)
-        unlocked = state.unlocked | hit
+        reached = (state.target[:, None] == jnp.arange(2)) & right[:, None]  # (N, 2)
+        unlocked = state.unlocked | reached
         done = state.time + 1 >= EPISODE_LENGTH
         target = jax.vmap(jax.random.bernoulli)(keys).astype(jnp.int32)
         info = {"reached": reached, "worked": reached, "achievements": unlocked}
@@ -57,19 +75,12 @@ class ToyEnv:
         return jnp.concatenate([jax.nn.one_hot(obs[..., 0], 2), obs[..., 1:] / EPISODE_LENGTH], -1).astype(jnp.float32)
 
     def facts(self, obs: jax.Array) -> jax.Array:
-        view = obs[..., :1] == jnp.arange(2)
-        return jnp.zeros((*obs.shape[:-1], len(FACTS)), bool).at[..., _FACTS].set(view)
+        return obs[..., :1] == jnp.arange(2)
 
     def to_text(self, obs: Any) -> str:
-        sight = "water" if obs[0] else "tree"
-        return "\n".join([
-            f"You see: {sight} (1 north).",
-            f"Facing: {sight}.",
-            "Inventory: nothing.",
-            "Vitals (of 9): health 9, food 9, drink 8, energy 9.",
-            "It is day. The player is awake.",
-            "Unlocked: nothing.",
-        ])  # fmt: skip
+        return f"You see: {'a lake' if obs[0] else 'a tree'}."
 
-    def random_observations(self, key: jax.Array, n: int) -> jax.Array:
-        return jax.random.randint(key, (n, 2), 0, 2).astype(jnp.uint8)
+
+def make_env(num_envs: int, num_devices: int) -> ToyEnv:
+    """The env for any number of games on that many devices."""
+    return ToyEnv(num_pools=num_devices)

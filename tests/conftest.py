@@ -37,7 +37,7 @@ def bounded_memory():
 def by_torch():
     """by_torch(function, *args): the value of one of torch_reference's functions, from a process that may load torch.
 
-    Training never does (`rladapter_adapter.import_transformers`)."""
+    Training never does (`utils.hf_folder.import_transformers`)."""
     if importlib.util.find_spec("torch") is None:
         pytest.skip("torch is not installed")
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

@@ -1,9 +1,14 @@
-"""A chat server on a real socket that does what it is told, for the tests."""
+"""A chat server on a real socket that does what it is told, and trainings in this process, for the tests."""
 
 import json
 import socketserver
 import threading
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+
+from utils import runs
 
 KEY = "sk-test-0123456789abcdef"
 GOOD = '{"sub_goals": {"chop tree": ["tree in view"], "drink water": ["water in view"]}}'
@@ -64,3 +69,22 @@ def good(h: Handler) -> None:
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def quiet_runs(patch: pytest.MonkeyPatch) -> list[runs.StopRequest]:
+    """Trainings leave the compilation cache and Ctrl-C to the tests. Returns what Ctrl-C would reach, per training."""
+    stops: list[runs.StopRequest] = []
+    patch.setattr(runs, "use_compilation_cache", lambda: None)
+    patch.setattr(runs.StopRequest, "listen", lambda self, console: stops.append(self))
+    return stops
+
+
+def after_each_phase(patch: pytest.MonkeyPatch, call: Callable[[int], object]) -> None:
+    """Has trainings call this with the number of each phase that is logged."""
+    original = runs.Log.metrics
+
+    def metrics(self: runs.Log, record: dict) -> None:
+        original(self, record)
+        call(record["phase"])
+
+    patch.setattr(runs.Log, "metrics", metrics)

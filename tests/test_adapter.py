@@ -1,12 +1,16 @@
 """The adapter LM, with a random model of a few thousand weights in a temporary folder: nothing is downloaded."""
 
+import copy
 import dataclasses
+import inspect
 import json
 import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +19,9 @@ import numpy as np
 import pytest
 
 import rladapter_adapter as ra
-from envs.vocabulary import BASIC_SUB_GOALS, SUB_GOALS, sub_goals_in_text
+from envs.crafter import CRAFTER
+from envs.crafter.captions import read_caption
+from utils.hf_folder import Chat
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +47,20 @@ SMALL = ra.LmConfig(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Most of these tests' time is XLA's, optimising programs that run once. The results are the same."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
+def the_tests_own_compilation_cache(monkeypatch):
+    """Not the one of the command line, which is the user's."""
+    monkeypatch.setattr(ra, "use_compilation_cache", lambda: None)
+
+
 @pytest.fixture(autouse=True)
 def no_rank_promotion():
     """Arrays of different ranks never meet by accident."""
@@ -56,15 +76,27 @@ def folder(tmp_path_factory):
     texts = [" ".join(pair) for caption in (CAPTION, BARE, WORKSHOP) for pair in tiny.made_up_examples(rng, caption, 3)]
     tokenizer = tiny.train_tokenizer(texts)
     config = dataclasses.replace(SMALL, vocab_size=len(tokenizer))
-    params = {k: v if "norm" in k else 2 * v for k, v in ra.init_params(config, jax.random.key(0)).items()}
+    params = {k: v if "norm" in k else 2 * v for k, v in tiny.init_params(config, jax.random.key(0)).items()}
     params["norm"] = params["norm"] + 0.3 * jax.random.normal(jax.random.key(1), params["norm"].shape)
     tiny.write_folder(path, config, params, tokenizer)
     return path
 
 
-@pytest.fixture
-def adapter(folder):
+@pytest.fixture(scope="module")
+def loaded(folder):
     return ra.load_adapter(folder)
+
+
+@pytest.fixture
+def adapter(loaded):
+    """As it is after loading: whatever a test does to it, the next one gets another copy."""
+    adapter = copy.copy(loaded)
+    adapter.chat = Chat(adapter.tokenizer, ra.SYSTEM_PROMPT)
+    return adapter
+
+
+def prompt_of(caption, sub_goals, comprehension):
+    return ra.adapter_prompt(CRAFTER, caption, sub_goals, comprehension)
 
 
 def damaged(folder, tmp_path):
@@ -73,12 +105,18 @@ def damaged(folder, tmp_path):
     return copy
 
 
-def logits_of(adapter, tokens, starts=None):
-    """Full forward without cache: tokens (B, T) -> (B, T, V)."""
-    tokens = jnp.asarray(tokens, jnp.int32)
-    starts = jnp.zeros(tokens.shape, jnp.int32) if starts is None else jnp.asarray(starts, jnp.int32)
-    model = ra.nnx.merge(adapter.graphdef, adapter.lora, adapter.base)
-    return np.asarray(model.logits(model(tokens, starts)[0]))
+@partial(jax.jit, static_argnames="graphdef")
+def forward(graphdef, base, lora, tokens, starts, shared):
+    model = ra.nnx.merge(graphdef, lora, base)
+    return model.logits(model(tokens, starts, shared)[0])
+
+
+def logits_of(adapter, tokens, starts=0, shared=0):
+    """Full forward without cache: tokens (B, T) -> (B, T, V). Padded to one shape, which is compiled once."""
+    tokens = np.asarray(tokens, np.int32)
+    padding = ((0, 0), (0, -tokens.shape[1] % 64))
+    arrays = (np.pad(np.broadcast_to(array, tokens.shape), padding) for array in (tokens, starts, shared))
+    return np.asarray(forward(adapter.graphdef, adapter.base, adapter.lora, *arrays))[:, : tokens.shape[1]]
 
 
 def some_tokens(adapter, length, seed=0):
@@ -153,10 +191,9 @@ def test_left_padding_does_not_change_logits(adapter):
 def test_texts_that_share_a_row_do_not_see_each_other(adapter):
     prefix, ends = some_tokens(adapter, 7).tolist(), [some_tokens(adapter, n, n).tolist() for n in (4, 6, 3)]
     ends = [[i, *end] for i, end in enumerate(ends)]  # so that nothing more is common to all
-    packed = ra.pack([[(prefix + end[:2], end[2:]) for end in ends]], 40)
-    model = ra.nnx.merge(adapter.graphdef, adapter.lora, adapter.base)
-    hidden, _ = model(*(jnp.asarray(packed[name]) for name in ("tokens", "starts", "shared")))
-    together, column = np.asarray(model.logits(hidden))[0], len(prefix)
+    packed = tiny.pack_groups([[(prefix + end[:2], end[2:]) for end in ends]], 40)
+    together = logits_of(adapter, packed["tokens"], packed["starts"], packed["shared"])[0]
+    column = len(prefix)
     for end in ends:
         alone = logits_of(adapter, [prefix + end])[0, len(prefix) :]
         np.testing.assert_allclose(together[column : column + len(end)], alone, atol=1e-4)
@@ -167,7 +204,7 @@ def test_texts_that_share_a_row_do_not_see_each_other(adapter):
 
 def test_pack_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="does not fit"):
-        ra.pack([[([1] * 5, [2] * 4)]], 8)
+        tiny.pack_groups([[([1] * 5, [2] * 4)]], 8)
 
 
 def test_llama3_rope_slows_long_wavelengths_only():
@@ -184,7 +221,7 @@ def test_llama3_rope_slows_long_wavelengths_only():
 # ---- generation
 
 
-def raw_generate(adapter, prompts, num=10, temperature=0.0, key=0, eos=(1,)):
+def raw_generate(adapter, prompts, num=10, temperature=0.0, key=0, eos=(1, 1)):
     tokens, starts = ra.left_pad(prompts)
     rows = np.arange(len(tokens))
     out = ra.generate(
@@ -197,7 +234,7 @@ def raw_generate(adapter, prompts, num=10, temperature=0.0, key=0, eos=(1,)):
 def test_greedy_generation_equals_teacher_forcing(adapter):
     with_random_b(adapter)
     prompts = [some_tokens(adapter, n, seed=n).tolist() for n in (3, 17, 40)]
-    out = raw_generate(adapter, prompts, eos=(adapter.config.vocab_size + 1,))  # an end that never comes
+    out = raw_generate(adapter, prompts, eos=[adapter.config.vocab_size + 1] * 2)  # an end that never comes
     for prompt, new in zip(prompts, out.tolist(), strict=True):
         teacher = logits_of(adapter, [prompt + new])[0].argmax(-1)
         assert new == teacher[len(prompt) - 1 : -1].tolist()
@@ -214,12 +251,13 @@ def test_batch_and_length_padding_change_nothing(adapter):
 
 def test_generation_ends_at_any_end_token(adapter):
     prompt = some_tokens(adapter, 6).tolist()
-    free = raw_generate(adapter, [prompt], temperature=1.0, eos=(adapter.config.vocab_size + 1,))[0].tolist()
+    never = adapter.config.vocab_size + 1
+    free = raw_generate(adapter, [prompt], temperature=1.0, eos=(never, never))[0].tolist()
     stop = free[4]
-    cut = raw_generate(adapter, [prompt], temperature=1.0, eos=(adapter.config.vocab_size + 1, stop))[0].tolist()
+    cut = raw_generate(adapter, [prompt], temperature=1.0, eos=(never, stop))[0].tolist()
     first = free.index(stop)
     assert cut[: first + 1] == free[: first + 1]
-    assert set(cut[first + 1 :]) == {adapter.config.vocab_size + 1}
+    assert set(cut[first + 1 :]) == {never}
 
 
 def test_temperature_samples_and_keys_matter(adapter):
@@ -229,7 +267,7 @@ def test_temperature_samples_and_keys_matter(adapter):
 
 
 def test_two_calls_of_a_bucket_compile_once(adapter):
-    prompts = [ra.adapter_prompt(CAPTION, [0, 4], 0.7), ra.adapter_prompt(BARE, [], None)]
+    prompts = [prompt_of(CAPTION, [0, 4], 0.7), prompt_of(BARE, [], None)]
     ra.generate.clear_cache()
     adapter.analyse(prompts, jax.random.key(0), max_new_tokens=6)
     adapter.analyse(prompts[:1] * 3, jax.random.key(1), temperature=0.0, max_new_tokens=6)
@@ -237,7 +275,7 @@ def test_two_calls_of_a_bucket_compile_once(adapter):
 
 
 def test_analyse_gives_one_clean_line_each(adapter):
-    prompts = [ra.adapter_prompt(CAPTION, [], None)] * (ra.BATCH_BUCKETS[-1] + 1)  # more than a batch
+    prompts = [prompt_of(CAPTION, [], None)] * (ra.BATCH_BUCKETS[-1] + 1)  # more than a batch
     texts = adapter.analyse(prompts, jax.random.key(0), max_new_tokens=12)
     assert len(texts) == len(prompts)
     assert all(text == text.strip() and text.isprintable() and "\ufffd" not in text for text in texts)
@@ -259,7 +297,7 @@ TOYS = [(f"situation {word}", f"answer {word * 2}") for word in "abcdefgh"]
 def test_loss_ignores_prompt_targets(adapter):
     """The loss is the mean over response tokens alone, and the last prompt token predicts the first of them."""
     prompt, response = some_tokens(adapter, 6).tolist(), some_tokens(adapter, 4, seed=1).tolist()
-    batch = ra.pack([[(prompt, response)]], 16)
+    batch = ra.pack([(prompt, response)], 16)
     total, count = ra.measure_nll(adapter.graphdef, adapter.base, adapter.lora, batch)
     log_p = jax.nn.log_softmax(logits_of(adapter, [prompt + response])[0])
     by_hand = -np.mean([log_p[5 + i, token] for i, token in enumerate(response)])
@@ -327,8 +365,8 @@ def test_state_round_trip(folder, adapter):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_save_and_load_give_equal_logits(folder, tmp_path, tied):
-    first = ra.load_adapter(folder)
+def test_save_and_load_give_equal_logits(adapter, tmp_path, tied):
+    first = adapter
     config = dataclasses.replace(first.config, tie_word_embeddings=tied)
     params = {name: first.base["params"][name] for name in ra.param_shapes(config)}
     tiny.write_folder(tmp_path / "copy", config, params, first.tokenizer)
@@ -337,8 +375,8 @@ def test_save_and_load_give_equal_logits(folder, tmp_path, tied):
     original = ra.Adapter(config, params, {}, first.tokenizer, first.eos)
     tokens = some_tokens(first, 10)[None]
     np.testing.assert_array_equal(logits_of(original, tokens), logits_of(second, tokens))
-    prompt = ra.adapter_prompt(CAPTION, [3], 0.5)
-    assert first.encode_prompt(prompt, 500) == second.encode_prompt(prompt, 500)
+    prompt = prompt_of(CAPTION, [3], 0.5)
+    assert first.chat.encode(prompt, 500) == second.chat.encode(prompt, 500)
     assert second.tokenizer.decode(second.tokenizer.encode(CAPTION)) == CAPTION
 
 
@@ -394,15 +432,15 @@ def test_harmless_extra_tensors_are_ignored(folder, tmp_path):
 
 
 def test_prompt_says_what_is_known():
-    text = ra.adapter_prompt(CAPTION, (0, 4), 0.731)
+    text = prompt_of(CAPTION, (0, 4), 0.731)
     assert text.startswith(CAPTION + "\n") and text.endswith(ra.INSTRUCTION)
     assert "Previous sub-goals: chop tree, drink water." in text and "Comprehension score: 0.73." in text
-    text = ra.adapter_prompt(CAPTION, [], None)
+    text = prompt_of(CAPTION, [], None)
     assert "Previous sub-goals: none." in text and "Comprehension score: not known yet." in text
 
 
 def test_possible_sub_goals_need_their_things():
-    assert set(tiny.NEEDS) == set(BASIC_SUB_GOALS)
+    assert set(tiny.NEEDS) == set(CRAFTER.basic_sub_goals)
     assert tiny.possible_sub_goals(BARE) == ["sleep"]
     expected = "chop tree, place crafting table, attack cow, chop grass, drink water, place plant, attack zombie, sleep"
     assert tiny.possible_sub_goals(CAPTION) == expected.split(", ")
@@ -413,9 +451,9 @@ def test_analyses_name_only_what_the_caption_mentions(caption):
     rng = np.random.default_rng(0)
     possible, named, texts = set(tiny.possible_sub_goals(caption)), set(), set()
     for _ in range(500):
-        last = rng.choice(len(SUB_GOALS), rng.integers(0, 4), replace=False).tolist()
+        last = rng.choice(len(CRAFTER.sub_goals), rng.integers(0, 4), replace=False).tolist()
         text = tiny.write_analysis(rng, caption, last, None if rng.random() < 0.2 else rng.random())
-        goals = {BASIC_SUB_GOALS[i] for i in sub_goals_in_text(text)}
+        goals = {CRAFTER.sub_goals[i] for i in CRAFTER.sub_goals_in_text(text)}
         assert goals and goals <= possible, text
         named |= goals
         texts.add(text)
@@ -424,11 +462,11 @@ def test_analyses_name_only_what_the_caption_mentions(caption):
 
 
 def test_analyses_state_facts_of_the_caption_and_follow_the_score():
-    pressing, others = tiny.true_statements(CAPTION)
+    pressing, others = tiny.true_statements(read_caption(CAPTION))
     assert pressing == ["It is low on drink.", "Its drink is low.", "A zombie is near."]
     assert "It sees a tree." in others and "There is water in view." in others and "It holds wood." in others
     assert "It has a wood pickaxe." in others and "It has no stone." in others
-    pressing, others = tiny.true_statements(BARE)
+    pressing, others = tiny.true_statements(read_caption(BARE))
     assert pressing[1:] == ["Its health is low.", "It is dark.", "The player is asleep."]
     assert others[0] == "The player is enclosed."
     for score, kind in ((0.9, "good"), (0.5, "fair"), (0.1, "poor"), (None, "unknown")):
@@ -453,7 +491,7 @@ def test_the_shipped_adapter_reads_the_situation():
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 8e6
     adapter = ra.load_adapter("assets/adapter-tiny")
     captions = [CAPTION, BARE, WORKSHOP] * 16
-    prompts = [ra.adapter_prompt(caption, [0], 0.9) for caption in captions]
+    prompts = [prompt_of(caption, [0], 0.9) for caption in captions]
     texts = adapter.analyse(prompts, jax.random.key(0))
     result = tiny.score_texts(captions, texts)
     # drawn at random, 36 % of them would be possible in these three situations
@@ -485,20 +523,59 @@ def test_no_adapter_says_and_learns_nothing():
     nobody.load_state({})
 
 
+def test_no_adapter_can_be_tuned_as_an_adapter_is(adapter):
+    """Positional arguments were refused by the one that does nothing with them."""
+    arguments = (TOYS[:1], jax.random.key(0), 0, 1e-3, 0.5, ra.mean_nll)
+    inspect.signature(ra.Adapter.finetune).bind(None, *arguments)
+    assert ra.NoAdapter().finetune(*arguments) == {}
+    assert ra.NoAdapter().finetune(TOYS, jax.random.key(0), learning_rate=1e-3) == {}
+
+
+def test_analyses_are_written_into_the_questions():
+    class Echo(ra.NoAdapter):
+        def analyse(self, prompts, key):
+            calls.append(key)
+            return [prompt.upper() for prompt in prompts]
+
+    calls = []
+    questions = [
+        SimpleNamespace(caption=caption, sub_goals=sub_goals, comprehension=score, adapter_prompt="", analysis="")
+        for caption, sub_goals, score in ((CAPTION, (0, 4), 0.5), (BARE, (), None))
+    ]
+    ra.write_analyses(Echo(), CRAFTER, questions, "key")
+    assert questions[0].adapter_prompt == prompt_of(CAPTION, [0, 4], 0.5)
+    assert questions[1].adapter_prompt == prompt_of(BARE, [], None)
+    assert all(question.analysis == question.adapter_prompt.upper() for question in questions)
+    ra.write_analyses(Echo(), CRAFTER, [], "key")
+    assert calls == ["key"]
+
+
+def test_another_loss_can_be_trained(adapter):
+    """One that pulls the LoRA weights towards zero: what a fork gives `finetune` is what is minimised."""
+
+    def size(graphdef, base, lora, batch, key):
+        return sum(jnp.sum(factor**2) for factor in jax.tree.leaves(lora))
+
+    before = sum(float(jnp.sum(factor**2)) for factor in jax.tree.leaves(adapter.lora))
+    result = adapter.finetune(TOYS[:4], jax.random.key(0), epochs=1, learning_rate=1e-3, loss=size)
+    assert result["sft_loss"] == pytest.approx(before, rel=1e-4)
+    assert sum(float(jnp.sum(factor**2)) for factor in jax.tree.leaves(adapter.lora)) < before
+
+
 # ---- prompts that are too long, templates, saved LoRA weights
 
 
 def test_a_long_prompt_loses_its_beginning_and_never_the_instruction(adapter):
-    prompt = ra.adapter_prompt("first words\n" + CAPTION * 20, [], None)
-    tokens = adapter.encode_prompt(prompt, 200)
+    prompt = prompt_of("first words\n" + CAPTION * 20, [], None)
+    tokens = adapter.chat.encode(prompt, 200)
     text = adapter.tokenizer.decode(tokens)
     assert len(tokens) <= 200 and ra.INSTRUCTION in text and "first words" not in text and "Unlocked" in text
     assert adapter.cut_prompts == 1
     assert len(tokens) > 150  # no more is cut than must be
-    adapter.encode_prompt(ra.adapter_prompt(CAPTION, [], None), 400)
+    adapter.chat.encode(prompt_of(CAPTION, [], None), 400)
     assert adapter.cut_prompts == 1
     with pytest.raises(ValueError, match="no room for the instruction"):
-        adapter.encode_prompt(prompt, 1)
+        adapter.chat.encode(prompt, 1)
 
 
 def test_without_a_chat_template_prompts_are_plain_text(folder, tmp_path, capsys):
@@ -506,38 +583,42 @@ def test_without_a_chat_template_prompts_are_plain_text(folder, tmp_path, capsys
     (path / "chat_template.jinja").unlink()
     adapter = ra.load_adapter(path)
     assert "no chat template" in capsys.readouterr().err
-    text = adapter.tokenizer.decode(adapter.encode_prompt("hello", 200))
+    text = adapter.tokenizer.decode(adapter.chat.encode("hello", 200))
     assert text == f"{ra.SYSTEM_PROMPT}\n\nhello"
     assert len(adapter.analyse(["hello"], jax.random.key(0), max_new_tokens=4)) == 1
 
 
-def test_a_shared_prefix_changes_no_text(adapter):
+SYSTEM_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def test_a_shared_prefix_changes_no_text(adapter, monkeypatch):
     with_random_b(adapter)
-    adapter.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    prompts = [adapter.encode_prompt(text, 400) for text in ("tree (2 north)", "Some cow", "dark")]
-    shared, prefix = adapter.prefix_of(prompts, system=True)
+    monkeypatch.setattr(adapter.tokenizer, "chat_template", SYSTEM_TEMPLATE)
+    prompts = [adapter.chat.encode(text, 400) for text in ("tree (2 north)", "Some cow", "dark")]
+    shared, prefix = adapter.prefix_of(prompts)
     assert shared > 10
     with_prefix = adapter.generate(prompts, jax.random.key(0), 1.0, 12)
-    adapter.beginnings[True] = []
-    assert adapter.prefix_of(prompts, system=True) == (0, None)
+    adapter.beginning = []
+    assert adapter.prefix_of(prompts) == (0, None)
     assert adapter.generate(prompts, jax.random.key(0), 1.0, 12) == with_prefix
 
 
-def test_the_prefix_is_read_anew_after_finetuning(adapter):
-    adapter.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    prompts = [adapter.encode_prompt("a tree", 400)]
-    _, before = adapter.prefix_of(prompts, system=True)
-    assert adapter.prefix_of(prompts, system=True)[1] is before
+def test_the_prefix_is_read_anew_after_finetuning(adapter, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter.tokenizer, "chat_template", SYSTEM_TEMPLATE)
+        prompts = [adapter.chat.encode("a tree", 400)]
+        _, before = adapter.prefix_of(prompts)
+    assert adapter.prefix_of(prompts)[1] is before
     adapter.finetune(TOYS, jax.random.key(0), epochs=2, learning_rate=1e-2)
-    _, after = adapter.prefix_of(prompts, system=True)
+    _, after = adapter.prefix_of(prompts)
     assert not np.array_equal(before[0], after[0])
 
 
 def test_dropout_acts_in_training_only(folder):
     adapter = with_random_b(ra.load_adapter(folder, ra.LoraConfig(dropout=0.5)))
-    batch = ra.pack([[([5, 6, 7], [8, 9])]], 16)
+    batch, loss = ra.pack([([5, 6, 7], [8, 9])], 16), jax.jit(ra.mean_nll, static_argnames="graphdef")
     losses = [
-        float(ra.mean_nll(adapter.graphdef, adapter.base, adapter.lora, batch, key))
+        float(loss(adapter.graphdef, adapter.base, adapter.lora, batch, key))
         for key in (None, None, jax.random.key(0), jax.random.key(1))
     ]
     assert losses[0] == losses[1] != losses[2] != losses[3]
@@ -603,8 +684,8 @@ def test_sft_reads_the_guidance_of_a_run(folder, tmp_path, capsys):
         ("sft --model MODEL --data DATA --out MODEL", "--out.*exists"),
         ("sft --model MODEL --data DATA --out OUT --held-out 1", "--held-out"),
         ("sft --model MODEL --data DATA --out OUT --epochs -1", "--epochs"),
-        ("sft --model MODEL --data DATA --out OUT --lora-rank 0", "rank"),
-        ("sft --model MODEL --data DATA --out OUT --lora-targets nose", "targets"),
+        ("sft --model MODEL --data DATA --out OUT --lora-rank 0", "--lora-rank: LoRA needs a rank"),
+        ("sft --model MODEL --data DATA --out OUT --lora-targets nose", "--lora-targets: LoRA's targets"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, data, tmp_path, capsys, monkeypatch, argv, words):
@@ -618,7 +699,60 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, data, tmp_path, capsys, m
     assert re.search(words, error) and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_a_hub_id_is_looked_up_in_the_hubs_cache(folder, tmp_path):
+@pytest.fixture(scope="module")
+def lora_folder(loaded, tmp_path_factory):
+    """LoRA weights of rank 4, on q and v."""
+    path = tmp_path_factory.mktemp("lora") / "tuned"
+    ra.load_adapter(loaded.folder, ra.LoraConfig(4, 8.0, 0.1, ("q", "v"))).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--lora-rank 8", "--lora-rank: .* has 4, not 8; leave --lora-rank out"),
+        ("--lora-alpha 16", "--lora-alpha: .* has 8.0, not 16.0; leave --lora-alpha out"),
+        ("--lora-dropout 0", "--lora-dropout: .* has 0.1, not 0.0; leave --lora-dropout out"),
+        ("--lora-targets q", "--lora-targets: .* has .*v.*, not .*q.*; leave --lora-targets out"),
+        ("--lora-rank 4 --lora-alpha 8 --lora-dropout 0.1 --lora-targets v q", ""),
+        ("", ""),
+    ],
+)
+def test_lora_flags_beside_a_lora_folder_are_not_ignored(lora_folder, data, capsys, flags, words):
+    """They were, without a word: the folder's settings were used."""
+    argv = ["sft", "--model", lora_folder, "--data", data, "--epochs", 0, *flags.split()]
+    code, out, error = run(capsys, *argv)
+    if words:
+        assert code == 2 and out == "" and re.search(words, error) and error.count("\n") == 1
+    else:
+        assert code == 0 and json.loads(out)["examples"] == 32
+
+
+def test_the_adapter_of_a_run(folder, lora_folder):
+    assert isinstance(ra.make_adapter(ra.SftArgs("none"), 0), ra.NoAdapter)
+    assert ra.make_adapter(ra.SftArgs(str(folder)), 0).lora_config == ra.LoraConfig(rank=8)
+    made = ra.make_adapter(ra.SftArgs(str(folder), lora_rank=2), seed=3)
+    expected = ra.load_adapter(folder, ra.LoraConfig(rank=2), seed=3)
+    jax.tree.map(np.testing.assert_array_equal, made.lora, expected.lora)
+    assert ra.make_adapter(ra.SftArgs(str(lora_folder)), 0).lora_config.rank == 4
+    assert ra.make_adapter(ra.SftArgs(str(lora_folder), lora_rank=4), 0).lora_config.targets == ("q", "v")
+    for args, words in (
+        (ra.SftArgs("/nowhere"), "^--adapter: there is no folder /nowhere.*; or use --adapter none$"),
+        (ra.SftArgs(str(folder), lora_rank=0), "^--lora-rank: LoRA needs a rank"),
+        (ra.SftArgs(str(lora_folder), lora_rank=8), "^--lora-rank: .* leave --lora-rank out$"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            ra.make_adapter(args, 0)
+        assert "\n" not in str(error.value)
+
+
+def test_examples_of_a_run_may_say_more(tmp_path):
+    path = tmp_path / "examples.jsonl"
+    path.write_text('{"phase": 3, "prompt": "a", "response": "b"}\n\n{"phase": 7, "prompt": "c", "response": "d"}\n')
+    assert ra.read_examples(path) == [("a", "b"), ("c", "d")]
+
+
+def test_a_hub_id_is_looked_up_in_the_hubs_cache_and_compiled_programs_are_kept(folder, tmp_path):
     """As `--adapter owner/name` on a machine that has downloaded it before, without a network."""
     snapshot = tmp_path / "hub/models--some--model/snapshots/abc"
     shutil.copytree(folder, snapshot)
@@ -626,5 +760,7 @@ def test_a_hub_id_is_looked_up_in_the_hubs_cache(folder, tmp_path):
     (tmp_path / "hub/models--some--model/refs/main").write_text("abc")
     argv = [sys.executable, "rladapter_adapter.py", "generate", "--model", "some/model", "--prompt", "hi"]
     env = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)}
+    env |= {"RLADAPTER_CACHE": str(tmp_path / "cache"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run([*argv, "--max-new-tokens", "4"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "cache/jax").is_dir()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 import torch_reference
 
 import rladapter_adapter as ra
+from utils import hf_folder
 
 SHAPE = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -36,6 +38,14 @@ TEMPLATE = (
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Most of these tests' time is XLA's, optimising programs that run once. The results are the same."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def byte_tokenizer():
     """A tokenizer of single bytes: 256 of them after pad and end."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -45,7 +55,7 @@ def byte_tokenizer():
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    transformers = ra.import_transformers()
+    transformers = hf_folder.import_transformers()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
     fast.chat_template = TEMPLATE
     return fast
@@ -79,17 +89,32 @@ def some_tokens(length, seed=0):
     return np.random.default_rng(seed).integers(2, 258, length)
 
 
-def merged(adapter):
-    return ra.nnx.merge(adapter.graphdef, adapter.lora, adapter.base)
+@partial(jax.jit, static_argnames=("graphdef", "index"))
+def forward(graphdef, base, lora, tokens, starts, shared=0, cache=None, index=0):
+    model = ra.nnx.merge(graphdef, lora, base)
+    return model.logits(model(tokens, starts, shared, cache, index)[0])
+
+
+def logits_of(adapter, *arguments, **more):
+    return np.asarray(forward(adapter.graphdef, adapter.base, adapter.lora, *arguments, **more))
+
+
+def logits_of_row(adapter, tokens):
+    """(T,) -> (T, V)"""
+    return logits_of(adapter, np.asarray(tokens)[None], np.zeros((1, len(tokens)), np.int32))[0]
+
+
+@pytest.fixture(autouse=True)
+def the_tests_own_compilation_cache(monkeypatch):
+    """Not the one of the command line, which is the user's."""
+    monkeypatch.setattr(ra, "use_compilation_cache", lambda: None)
 
 
 def test_logits_of_left_padded_rows(pair):
     model, adapter = pair
     rows = [some_tokens(90), some_tokens(61, seed=1)]
     padded, starts = ra.left_pad([row.tolist() for row in rows])
-    net = merged(adapter)
-    hidden, _ = net(jnp.asarray(padded), jnp.broadcast_to(starts[:, None], padded.shape))
-    ours = np.asarray(net.logits(hidden))
+    ours = logits_of(adapter, padded, np.broadcast_to(starts[:, None], padded.shape))
     for i, row in enumerate(rows):
         theirs = model.logits(row)
         assert np.abs(theirs).max() > 1  # there is something to get wrong
@@ -102,11 +127,10 @@ def test_logits_after_a_shared_prefix(pair):
     prefix, rests = some_tokens(40), [some_tokens(50, seed=1), some_tokens(33, seed=2)]
     keys_values = ra.read_prefix(adapter.graphdef, adapter.base, adapter.lora, prefix[None])
     tokens, starts = ra.left_pad([rest.tolist() for rest in rests])
-    net = merged(adapter)
     cache = ra.empty_cache(adapter.config, adapter.base, len(tokens), 40 + tokens.shape[1])
     cache = tuple(c.at[:, :, :, :40].set(p) for c, p in zip(cache, keys_values, strict=True))
     columns = jnp.broadcast_to(40 + starts[:, None], tokens.shape)
-    ours = np.asarray(net.logits(net(jnp.asarray(tokens), columns, 40, cache, 40)[0]))
+    ours = logits_of(adapter, tokens, columns, shared=40, cache=cache, index=40)
     for i, rest in enumerate(rests):
         theirs = model.logits(np.concatenate([prefix, rest]))[40:]
         np.testing.assert_allclose(ours[i, starts[i] :], theirs, atol=1e-4)
@@ -115,8 +139,8 @@ def test_logits_after_a_shared_prefix(pair):
 def test_greedy_text_equals_hf_generate(pair):
     """Prompts of different lengths in one batch, with a system prompt in common, computed once."""
     model, adapter = pair
-    prompts = [adapter.chat_tokens(text, system=True) for text in ("You see a tree.", "It is dark", "A cow, 3 north.")]
-    shared, prefix = adapter.prefix_of(prompts, system=True)
+    prompts = [adapter.chat.tokens(text) for text in ("You see a tree.", "It is dark", "A cow, 3 north.")]
+    shared, prefix = adapter.prefix_of(prompts)
     assert shared > 200 and prefix is not None
     ours = adapter.generate(prompts, jax.random.key(0), temperature=0.0, max_new_tokens=24)
     assert ours == [model.greedy(prompt, 24) for prompt in prompts]
@@ -137,19 +161,18 @@ def test_command_line_prints_what_hf_generates(pair, capsys):
 def test_merged_export_is_loaded_by_transformers_with_equal_logits(pair, tmp_path):
     model, adapter = pair
     adapter = ra.load_adapter(adapter.folder)
-    adapter.finetune([("You see a tree.", "Chop the tree.")] * 8, jax.random.key(0), epochs=3, learning_rate=1e-2)
+    if adapter.config.attention_bias or adapter.config.qk_norm:  # Llamas are fine-tuned in test_adapter.py
+        adapter.chat.system_prompt = ""  # for short rows
+        adapter.finetune([("You see a tree.", "Chop the tree.")] * 3, jax.random.key(0), 5, 1e-2)
+    else:
+        adapter.lora = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(0), x.shape), adapter.lora)
     adapter.export(tmp_path / "merged")
     adapter.save(tmp_path / "lora")
     tokens = some_tokens(50)
-    net = merged(adapter)
-    ours = np.asarray(net.logits(net(jnp.asarray(tokens)[None], jnp.zeros((1, 50), jnp.int32))[0]))[0]
+    ours = logits_of_row(adapter, tokens)
     theirs = Reference(model.by_torch, tmp_path / "merged").logits(tokens)
     np.testing.assert_allclose(ours, theirs, atol=2e-4)
-    again = ra.load_adapter(tmp_path / "lora")
-    net = merged(again)
-    np.testing.assert_array_equal(
-        np.asarray(net.logits(net(jnp.asarray(tokens)[None], jnp.zeros((1, 50), jnp.int32))[0]))[0], ours
-    )
+    np.testing.assert_array_equal(logits_of_row(ra.load_adapter(tmp_path / "lora"), tokens), ours)
 
 
 def test_negative_log_likelihood_equals_torch(pair, tmp_path, capsys):
@@ -174,17 +197,16 @@ def test_negative_log_likelihood_equals_torch(pair, tmp_path, capsys):
 def test_transformers_loads_the_shipped_adapter(by_torch):
     adapter = ra.load_adapter("assets/adapter-tiny")
     model = Reference(by_torch, adapter.folder)
-    tokens = adapter.chat_tokens("You see: tree (1 north).", system=True)
-    net = merged(adapter)
-    ours = np.asarray(net.logits(net(jnp.asarray(tokens)[None], jnp.zeros((1, len(tokens)), jnp.int32))[0]))[0]
-    np.testing.assert_allclose(ours, model.logits(tokens), atol=1e-4)
+    tokens = adapter.chat.tokens("You see: tree (1 north).")
+    np.testing.assert_allclose(logits_of_row(adapter, tokens), model.logits(tokens), atol=1e-4)
 
 
 def test_training_does_not_load_torch(tmp_path):
     """transformers and tensorboardX would."""
-    toy = "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --total-timesteps 200 --eval-episodes 8"
-    program = "import sys, rladapter_ppo; print(rladapter_ppo.main(sys.argv[1:]), 'torch' in sys.modules)"
+    toy = "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --eval-episodes 8"
+    toy += " --total-timesteps 200 --sft-every 0"
+    program = "import sys, rladapter_ppo; print(rladapter_ppo.cli(sys.argv[1:]), 'torch' in sys.modules)"
     command = [sys.executable, "-c", program, *toy.split(), "--run-dir", str(tmp_path / "run")]
-    environment = os.environ | {"RLADAPTER_CACHE": str(tmp_path)}
+    environment = os.environ | {"RLADAPTER_CACHE": str(tmp_path), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
     assert done.stdout.splitlines()[-1:] == ["0 False"], done.stderr[-2000:]

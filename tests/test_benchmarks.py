@@ -120,7 +120,7 @@ def test_all_variants_are_in_a_suite_and_have_names_for_all_uses():
 
 def begun(folder, argv, **files):
     folder.mkdir(parents=True)
-    flags = run.rl.flags(tyro.cli(run.rl.Args, args=argv))
+    flags = run.runs.flags(tyro.cli(run.rl.Args, args=argv))
     (folder / "config.json").write_text(json.dumps({"flags": flags}))
     for name, text in files.items():
         (folder / f"{name}.json").write_text(text)
@@ -170,7 +170,7 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, capsys, words, messag
 
 
 def test_a_flag_that_a_run_did_not_have_yet_counts_as_its_default():
-    flags = run.rl.flags(run.rl.Args())
+    flags = run.runs.flags(run.rl.Args())
     del flags["candidates"]
     assert run.differing_flag(flags, []) is None
     assert run.differing_flag(flags, ["--candidates", "1"]) == "--candidates: 2 there, 1 here"

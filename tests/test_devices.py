@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import devices
 import rladapter_ppo as rl
+from utils import devices, runs
 
 ROOT = Path(__file__).parents[1]
 TOY = (
@@ -23,36 +23,35 @@ TOY = (
 # The guide takes longer than the 30 seconds for which some collectives wait.
 SLOW_LEADER = """
 import sys, time
-import devices
 import rladapter_ppo as rl
-ask = rl.ask_guide
+from utils import devices
+write = rl.write_analyses
 def slow(*args):
     time.sleep(33 * devices.is_leader())
-    rl.ask_guide = ask
-    return ask(*args)
-rl.ask_guide = slow
-sys.exit(rl.main(sys.argv[1:]))
+    rl.write_analyses = write
+    return write(*args)
+rl.write_analyses = slow
+sys.exit(rl.cli(sys.argv[1:]))
 """
 CRAFTAX = """
 import json
 import jax, numpy as np
-import devices
 import rladapter_ppo as rl
-from envs.craftax import CraftaxEnv
+from envs.crafter.env import CraftaxEnv
+from guidance import HostTable, TableArgs
+from utils import devices
 
-args = rl.Args(num_envs=64, num_steps=8, num_minibatches=2, hidden_size=32, adapter="none", guidance_rows=16)
-env = CraftaxEnv(pool_size=8, num_pools=8)
-records = rl.Records(args, env.num_actions, (167,))
-records.valid[:5], records.goal[:5], records.care[:4, :4] = True, np.arange(5), np.eye(4, dtype=bool)
+args = rl.Args(num_envs=64, num_steps=8, num_minibatches=2, hidden_size=32, table=TableArgs(guidance_rows=16))
 found = []
 for mesh in (None, devices.make_mesh(8)):
-    agent, params = rl.make_agent(args, env, jax.random.key(0), mesh)
-    values = devices.everywhere(mesh, (params, jax.random.key(1)))
-    runner = jax.jit(rl.init_runner, static_argnums=(0, 1))(args, agent, *values)
-    table, updates = devices.everywhere(mesh, (records.table(), np.int32(2)))
-    out = rl.train_phase(args, agent, runner, table, updates)
+    env = devices.SharedEnv(CraftaxEnv(pool_size=8, num_pools=8), mesh)
+    table = HostTable(args.table, env)
+    table.rows.valid[:5], table.rows.goal[:5], table.rows.care[:4, :4] = True, np.arange(5), np.eye(4, dtype=bool)
+    agent, params = rl.make_agent(args, env, table.for_training(), jax.random.key(0))
+    runner, _ = rl.init_runner(args, agent, *env.put((params, jax.random.key(1))))
+    out = rl.train_phase(args, agent, runner, *env.put((table.for_training(), np.int32(2))))
     shards = {len(x.sharding.device_set) for x in jax.tree.leaves(out)}
-    found.append((jax.tree.leaves(devices.whole(mesh, out)), shards))
+    found.append((jax.tree.leaves(env.to_host(out)), shards))
 (one, shards_one), (eight, shards_eight) = found
 close = [bool(np.allclose(a, b, rtol=1e-3, atol=1e-4)) for a, b in zip(one, eight, strict=True)]
 print(json.dumps({"close": close, "shards": [sorted(shards_one), sorted(shards_eight)]}))
@@ -145,14 +144,15 @@ def test_bad_input_ends_all_processes(tmp_path):
     [("--num-devices 4096", "--num-devices: 4096 asked for"), ("--distributed", "JAX_NUM_PROCESSES")],
 )
 def test_what_the_machine_does_not_have_is_one_line(tmp_path, capsys, monkeypatch, flags, words):
-    monkeypatch.setattr(rl, "configure_jax", lambda args: None)
+    monkeypatch.setattr(runs, "use_compilation_cache", lambda: None)
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
-    assert rl.main([*TOY, *flags.split(), "--run-dir", str(tmp_path / "run")]) == 2
+    assert rl.cli([*TOY, *flags.split(), "--run-dir", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 def test_a_single_device_needs_no_mesh():
-    assert devices.make_mesh(1) is None and devices.count(None) == 1
-    tree = {"a": np.arange(3)}
-    assert devices.split(None, tree) is tree and devices.from_leader(tree) is tree
+    assert devices.make_mesh(1) is None
+    tree, env = {"a": np.arange(3)}, devices.SharedEnv(None)
+    assert env.shard(tree) is tree and env.replicate(tree) is tree and env.put(tree) is tree
+    assert devices.from_leader(tree) is tree

@@ -40,9 +40,11 @@ def test_every_result_says_where_it_came_from(path):
 
 
 def flags(command):
+    for old, new in run.RENAMED.items():
+        command = command.replace(old, new)
     words = shlex.split(command)
     assert words[:2] == ["python", "rladapter_ppo.py"]
-    return run.rl.flags(tyro.cli(run.rl.Args, args=words[2:]))
+    return run.runs.flags(tyro.cli(run.rl.Args, args=words[2:]))
 
 
 def test_every_link_to_a_file_leads_somewhere():

@@ -5,18 +5,32 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_reference
 
-import embeddings
-import envs.vocabulary as vocab
 import rladapter_ppo as rl
-from embeddings import BertEmbedding, HashEmbedding, embed_sub_goals
-from rladapter_adapter import import_transformers
+from envs import make_env
+from envs.crafter import CRAFTER
+from envs.toy import TOY as TOY_GAME
+from guidance import HostTable, TableArgs
+from utils import runs
+from utils.devices import SharedEnv
+from utils.embeddings import BertEmbedding, HashEmbedding, make_embedding
+from utils.hf_folder import ROOT, import_transformers
 
-TREE, WATER = vocab.SUB_GOAL_INDEX["chop tree"], vocab.SUB_GOAL_INDEX["drink water"]
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Most of these tests' time is XLA's, optimising programs that run once. The results are the same."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
 
 # ---- hash
 
@@ -32,31 +46,38 @@ def test_embedding_norms_shapes_and_cache():
 
 
 def test_embedding_is_the_same_in_another_process():
-    code = "import embeddings as e; print(e.HashEmbedding().encode(['mine iron']).tobytes().hex())"
-    root = embeddings.__file__.rpartition("/")[0]
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    code = "from utils import embeddings as e; print(e.HashEmbedding().encode(['mine iron']).tobytes().hex())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert said.stdout.strip() == HashEmbedding().encode(["mine iron"]).tobytes().hex()
 
 
 def test_similar_texts_are_closer_and_no_two_sub_goals_are_the_same():
     tree, trees, water = HashEmbedding().encode(["chop tree", "chop trees", "drink water"])
     assert tree @ trees > 0.5 > 0.3 > abs(tree @ water)
-    rows = HashEmbedding().encode(vocab.SUB_GOALS)
+    rows = HashEmbedding().encode(CRAFTER.sub_goals)
     assert np.max(rows @ rows.T - 2 * np.eye(len(rows))) < 0.9
+
+
+def embed_sub_goals(embedding, names):
+    """(D,) of a set of sub-goals as the policy gets it, up to its norm; zeros if empty."""
+    advised = np.isin(CRAFTER.sub_goals, names)[None]
+    table = SimpleNamespace(sub_goal_embeddings=jnp.asarray(embedding.encode(CRAFTER.sub_goals)))
+    weights, basis = rl.AdviceContext.vectors(table, jnp.asarray(advised), jnp.zeros((1, 2), bool))[0]
+    return np.asarray(weights @ basis)[0] / np.sqrt(embedding.dim)
 
 
 def test_embed_sub_goals():
     embedding = HashEmbedding()
-    both = embed_sub_goals(embedding, (TREE, WATER))
+    both = embed_sub_goals(embedding, ("chop tree", "drink water"))
     rows = embedding.encode(["chop tree", "drink water"])
     np.testing.assert_allclose(both, rows.sum(0) / np.linalg.norm(rows.sum(0)), atol=1e-6)
-    np.testing.assert_array_equal(both, embed_sub_goals(embedding, (WATER, TREE)))
+    np.testing.assert_array_equal(both, embed_sub_goals(embedding, ("drink water", "chop tree")))
     np.testing.assert_array_equal(embed_sub_goals(embedding, ()), np.zeros(384, np.float32))
 
 
 # ---- BERT
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({w for name in vocab.SUB_GOALS for w in name.split()})]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({w for name in CRAFTER.sub_goals for w in name.split()})]
 WIDTH, HEADS, LAYERS, EPS = 32, 4, 2, 1e-5
 
 
@@ -176,24 +197,31 @@ def test_what_is_no_bert_is_one_line(folder, tmp_path, capsys, damage):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
     if damage == "no tokenizer":
         (bad / "tokenizer.json").unlink()
-    code = rl.main([*TOY, "--run-dir", str(tmp_path / "run"), "--embed", str(bad)])
+    code = rl.cli([*TOY, "--run-dir", str(tmp_path / "run"), "--embed", str(bad)])
     said = capsys.readouterr().err
     assert code == 2 and said.startswith("error: --embed") and said.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 TOY = (
     "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --updates-per-phase 2 "
-    "--guidance-rows 8 --queries-per-phase 4 --eval-episodes 16 --adapter none --total-timesteps 400".split()
+    "--guidance-rows 8 --queries-per-phase 4 --eval-episodes 8 --adapter none --total-timesteps 400".split()
 )
 
 
 @pytest.mark.parametrize("flags", ["", "--comprehension cosine-actions"])
 def test_training_with_a_bert(folder, tmp_path, monkeypatch, flags):
     """The size of the context follows the encoder."""
-    monkeypatch.setattr(rl, "configure_jax", lambda args: None)
-    monkeypatch.setattr(rl.StopRequest, "__init__", lambda self, console: setattr(self, "asked", False))
-    assert rl.main([*TOY, *flags.split(), "--run-dir", str(tmp_path / "run"), "--embed", str(folder)]) == 0
-    assert json.loads((tmp_path / "run/summary.json").read_text())["embed"] == str(folder)
-    args = rl.Args(env_id="Toy-v0", embed=str(folder))
-    assert rl.context_sizes(args) == (WIDTH, len(vocab.FACTS)) and rl.context_sizes(rl.Args())[0] == 384
-    assert embeddings.make_embedding(str(folder)) is embeddings.make_embedding(str(folder))
+    monkeypatch.setattr(runs, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(runs.StopRequest, "listen", lambda self, console: None)
+    assert rl.cli([*TOY, *flags.split(), "--run-dir", str(tmp_path / "run"), "--embed", str(folder)]) == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert str(folder) in json.dumps(config["flags"])
+    assert context_sizes(str(folder)) == [WIDTH, len(TOY_GAME.facts)] and context_sizes("hash")[0] == 384
+    assert make_embedding(str(folder)) is make_embedding(str(folder))
+
+
+def context_sizes(embed):
+    """Sizes of the vectors that the policy is told, as `rl.make_agent` finds them."""
+    table = HostTable(TableArgs(embed=embed), SharedEnv(make_env("Toy-v0", 8))).for_training()
+    nothing = (jnp.zeros((1, len(names)), bool) for names in (TOY_GAME.sub_goals, TOY_GAME.facts))
+    return [basis.shape[1] for _, basis in rl.AdviceContext.vectors(table, *nothing)]

@@ -12,13 +12,14 @@ from craftax.craftax_classic.envs.craftax_state import EnvParams, Mobs
 from craftax.craftax_classic.game_logic import craftax_step
 from craftax.craftax_classic.renderer import render_craftax_symbolic
 from craftax.craftax_env import make_craftax_env_from_name
+from random_situations import random_observations
 
-import llm_client
-from envs import captions, goals, make_env
-from envs.craftax import CraftaxEnv
-from envs.scores import crafter_score
-from envs.toy import EPISODE_LENGTH, ToyEnv
-from envs.vocabulary import ACHIEVEMENTS, BASIC_SUB_GOALS, FACTS, LOW
+from envs import make_env
+from envs.crafter import CRAFTER, captions, goals
+from envs.crafter.env import CraftaxEnv, observe_one
+from envs.crafter.vocabulary import ACHIEVEMENTS, BASIC_SUB_GOALS, FACTS, LOW, SIGHTS
+from envs.scores import score
+from envs.toy import EPISODE_LENGTH, TOY, ToyEnv
 
 N = 4
 SHORT = CraftaxEnv(pool_size=8, params=EnvParams(max_timesteps=6))
@@ -169,7 +170,7 @@ def test_reset_has_no_weak_types(start):
 
 @pytest.fixture(scope="module")
 def situations():
-    return np.asarray(CraftaxEnv(pool_size=8).random_observations(jax.random.key(1), 400))
+    return np.asarray(random_observations(CraftaxEnv(pool_size=8), jax.random.key(1), 400))
 
 
 def test_features_are_craftax_symbolic_observation(start):
@@ -193,9 +194,7 @@ def test_a_mob_out_of_view_does_not_hide_one_in_view(world):
 
 
 def observe(state):
-    from envs.craftax import _observe
-
-    return np.asarray(_observe(state))
+    return np.asarray(observe_one(state))
 
 
 def facts_by_name(obs):
@@ -237,11 +236,11 @@ def test_facts_against_a_loop_over_cells(situations):
         assert dict(zip(FACTS, row.tolist(), strict=True)) == expected
 
 
-def test_the_guide_reads_the_same_facts_from_the_caption(situations):
-    """The rules guide sees text only: what it reads there must be what the device looks up."""
+def test_the_caption_says_the_same_as_the_facts(situations):
+    """The rules guide is given facts. It knows no more than an LLM, which reads the caption."""
     ours = np.asarray(captions.facts(jnp.asarray(situations)))
     for obs, row in zip(situations, ours, strict=True):
-        read = llm_client.facts_of(llm_client.read_caption(captions.to_text(obs)))
+        read = captions.truths_of(captions.read_caption(captions.to_text(obs)))
         assert read == dict(zip(FACTS, row.tolist(), strict=True)), captions.to_text(obs)
 
 
@@ -405,18 +404,36 @@ def test_the_toy_pays_for_the_right_action():
         assert (np.asarray(info["reached"]).sum(1) == 1).all()
         assert bool(done.all()) == (t == EPISODE_LENGTH - 1)
     assert total == EPISODE_LENGTH
-    read = llm_client.facts_of(llm_client.read_caption(env.to_text(np.array([1, 0]))))
-    assert read["water in view"] and not read["tree in view"]
+    assert env.to_text(np.array([1, 0])) == "You see: a lake."
+    assert TOY.truths(np.asarray(env.facts(jnp.array([1, 0])))) == {"tree in view": False, "water in view": True}
 
 
-def test_crafter_score():
-    assert crafter_score(np.zeros(22)) == 0
-    assert crafter_score(np.ones(22)) == pytest.approx(100)
+def test_every_word_of_a_game_is_one_of_its_own():
+    for game in (CRAFTER, TOY):
+        reasons = [text for needs in game.needs.values() for text in needs]
+        reasons += [text for texts in game.example.values() for text in texts]
+        assert {text.removeprefix("not ") for text in reasons} <= set(game.facts)
+        assert set(game.needs) == set(game.basic_sub_goals)
+        assert set(game.things) <= set(game.basic_sub_goals) and set(game.example) <= set(game.sub_goals)
+        assert {f"{thing} in view" for thing in game.things.values()} <= set(game.facts)
+        assert set(game.sub_goal_aliases) <= set(game.sub_goals) and set(game.fact_aliases) <= set(game.facts)
+    assert set(CRAFTER.things.values()) <= set(SIGHTS)
+
+
+def test_an_env_is_a_static_argument_of_jit():
+    """Equal settings must not compile twice."""
+    for env_id in ("Craftax-Classic-Symbolic-v1", "Toy-v0"):
+        assert make_env(env_id, 8) == make_env(env_id, 8) and hash(make_env(env_id, 8)) == hash(make_env(env_id, 8))
+
+
+def test_the_score_of_crafter():
+    assert score(np.zeros(22)) == 0
+    assert score(np.ones(22)) == pytest.approx(100)
     half = np.array([1.0] * 11 + [0.0] * 11)
-    assert crafter_score(half) == pytest.approx(math.sqrt(101) - 1)
+    assert score(half) == pytest.approx(math.sqrt(101) - 1)
     for bad in ([], [1.5], [-0.1], [float("nan")]):
         with pytest.raises(ValueError, match="success rates"):
-            crafter_score(np.array(bad))
+            score(np.array(bad))
 
 
 def test_unknown_env_id():

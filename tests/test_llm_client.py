@@ -1,20 +1,42 @@
-"""Messages, reply parser, guides, embeddings, and the HTTP guide against a real local server with faults."""
+"""Messages, reply parser, guides, pauses, and the HTTP guide against a real local server with faults."""
 
 import json
 import random
 import socket
 import threading
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
-import envs.vocabulary as vocab
 import llm_client
-from llm_client import Guidance, HttpGuide, RandomGuide, RulesGuide, build_messages, clean, parse_reply
+from envs.crafter import CRAFTER, rules
+from envs.crafter.captions import read_caption, truths_of
+from envs.game import Game, Literals, holds
+from envs.toy import TOY
+from llm_client import (
+    LIMITS,
+    Guide,
+    HttpGuide,
+    LlmArgs,
+    NoGuide,
+    Pause,
+    Question,
+    RandomGuide,
+    Reply,
+    RulesGuide,
+    build_messages,
+    make_guide,
+    parse_reply,
+    system_prompt,
+)
+from utils.cli import check_ranges
+from utils.llm_http import MAX_BODY, MAX_REPLY, clean
 
 CAPTION = """You see: tree (2 north), water (1 south, 3 west), cow (1 north, 4 east), zombie (1 east).
 Facing: grass.
@@ -35,45 +57,66 @@ Vitals (of 9): health 9, food 4, drink 5, energy 9.
 It is day. The player is awake.
 Unlocked: collect wood, place table, make wood pickaxe, make stone pickaxe, make wood sword, place furnace."""
 GOOD = '{"sub_goals": ["chop tree", "drink water"], "because": ["tree in view", "not wood >= 4"]}'
-TREE, WATER = vocab.SUB_GOAL_INDEX["chop tree"], vocab.SUB_GOAL_INDEX["drink water"]
+TREE, WATER = CRAFTER.sub_goal_numbers["chop tree"], CRAFTER.sub_goal_numbers["drink water"]
 KEY = "sk-test-0123456789abcdef"
 
 
+def parsed(text: str) -> dict[int, Literals]:
+    return dict(parse_reply(CRAFTER, text))
+
+
 def names(text: str) -> list[str]:
-    return [vocab.SUB_GOALS[i] for i in parse_reply(text).sub_goals]
+    return [CRAFTER.sub_goals[i] for i in parsed(text)]
+
+
+def question(caption: str, analysis: str = "", sample: int = 0) -> Question:
+    """About the situation that a caption describes."""
+    situation = np.array(list(truths_of(read_caption(caption)).values()))
+    obs = np.zeros(1, np.uint8)
+    return Question(obs, situation, [], None, sample, caption, analysis=analysis)
+
+
+def replies_of(guide: Guide, questions: list[Question]) -> list[Reply]:
+    return [question.reply for question in guide.ask(questions).wait()]
 
 
 def because(text: str) -> set[str]:
     """The reasons that all sub-goals of a reply share."""
-    reasons = set(parse_reply(text).because)
+    reasons = set(parsed(text).values())
     assert len(reasons) == 1
-    return {("" if truth else "not ") + vocab.FACTS[i] for i, truth in reasons.pop()}
+    return {("" if truth else "not ") + CRAFTER.facts[i] for i, truth in reasons.pop()}
 
 
 # --- Messages
 
 
 def test_system_prompt_lists_every_name_and_its_example_parses():
-    for name in vocab.SUB_GOALS + vocab.FACTS:
-        assert name in llm_client.SYSTEM_PROMPT
-    example = next(line for line in llm_client.SYSTEM_PROMPT.splitlines() if line.startswith("{"))
-    said = dict(zip(names(example), parse_reply(example).because, strict=True))
-    assert said["chop tree"] == ((vocab.FACT_INDEX["wood >= 4"], False),)
+    for name in CRAFTER.sub_goals + CRAFTER.facts:
+        assert name in system_prompt(CRAFTER)
+    example = next(line for line in system_prompt(CRAFTER).splitlines() if line.startswith("{"))
+    said = dict(zip(names(example), parsed(example).values(), strict=True))
+    assert said["chop tree"] == ((CRAFTER.fact_numbers["wood >= 4"], False),)
     assert len(said["make wood pickaxe"]) == 2 and len(said) == 2
 
 
+def test_a_game_without_composite_sub_goals_gets_a_prompt_without_their_line():
+    basic_only = replace(TOY, sub_goals=("chop tree", "drink water"))
+    assert "Sub-goals, the only ones that exist: chop tree, drink water.\n\nFacts" in system_prompt(basic_only)
+    assert "wider" not in system_prompt(basic_only) and "wider" in system_prompt(CRAFTER)
+
+
 def test_golden_messages():
-    system, user = build_messages(CAPTION, (TREE, WATER), "It is\nthirsty.")
-    assert system == {"role": "system", "content": llm_client.SYSTEM_PROMPT}
+    system, user = build_messages(CRAFTER, CAPTION, (TREE, WATER), "It is\nthirsty.")
+    assert system == {"role": "system", "content": system_prompt(CRAFTER)}
     tail = "\nPrevious sub-goals: chop tree, drink water.\nAnalysis: It is thirsty."
     assert user == {"role": "user", "content": CAPTION + tail}
-    assert build_messages(CAPTION, (), "")[1]["content"] == CAPTION + "\nPrevious sub-goals: none."
+    assert build_messages(CRAFTER, CAPTION, (), "")[1]["content"] == CAPTION + "\nPrevious sub-goals: none."
 
 
 def test_analysis_is_limited_and_stays_on_one_line():
-    text = build_messages(CAPTION, (), "\x1b[31mInventory: 99 wood.\n" * 1_000)[1]["content"]
+    text = build_messages(CRAFTER, CAPTION, (), "\x1b[31mInventory: 99 wood.\n" * 1_000)[1]["content"]
     assert len(text) < len(CAPTION) + llm_client.MAX_ANALYSIS + 60 and "\x1b" not in text
-    assert llm_client.read_caption("Analysis first\n" + text).inventory["wood"] == 3
+    assert read_caption("Analysis first\n" + text).inventory["wood"] == 3
 
 
 @pytest.mark.parametrize(
@@ -121,8 +164,8 @@ def test_replies_that_mean_the_same(text: str):
     assert because(text) == {"tree in view", "not wood >= 4"}
 
 
-LOW_WOOD = (vocab.FACT_INDEX["wood >= 4"], False)
-THIRST = (vocab.FACT_INDEX["drink low"], True)
+LOW_WOOD = (CRAFTER.fact_numbers["wood >= 4"], False)
+THIRST = (CRAFTER.fact_numbers["drink low"], True)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +182,7 @@ THIRST = (vocab.FACT_INDEX["drink low"], True)
     ],
 )
 def test_each_sub_goal_has_its_own_reasons(text: str):
-    guidance = parse_reply(text)
-    assert dict(zip(guidance.sub_goals, guidance.because, strict=True)) == {TREE: (LOW_WOOD,), WATER: (THIRST,)}
+    assert parsed(text) == {TREE: (LOW_WOOD,), WATER: (THIRST,)}
 
 
 @pytest.mark.parametrize(
@@ -156,7 +198,7 @@ def test_each_sub_goal_has_its_own_reasons(text: str):
     ],
 )
 def test_lists_and_damaged_json_give_sub_goals_that_rest_on_everything(text: str):
-    assert parse_reply(text) == Guidance((TREE, WATER), ((), ()))
+    assert parse_reply(CRAFTER, text) == ((TREE, ()), (WATER, ()))
 
 
 @pytest.mark.parametrize(
@@ -169,15 +211,15 @@ def test_lists_and_damaged_json_give_sub_goals_that_rest_on_everything(text: str
 )  # fmt: skip
 def test_replies_without_a_usable_sub_goal(text: str):
     with pytest.raises(ValueError, match="no known sub-goal"):
-        parse_reply(text)
+        parse_reply(CRAFTER, text)
 
 
 def test_no_more_sub_goals_than_asked_for_each_once():
-    reply = json.dumps({"sub_goals": ["chop tree", "gather wood", *vocab.SUB_GOALS]})
-    assert parse_reply(reply).sub_goals == tuple(range(llm_client.MAX_SUB_GOALS))
+    reply = json.dumps({"sub_goals": ["chop tree", "gather wood", *CRAFTER.sub_goals]})
+    assert list(parsed(reply)) == list(range(llm_client.MAX_SUB_GOALS))
 
 
-@pytest.mark.parametrize("name", vocab.SUB_GOALS)
+@pytest.mark.parametrize("name", CRAFTER.sub_goals)
 def test_every_sub_goal_parses(name: str):
     assert names(json.dumps({"sub_goals": [name]})) == names(f"- {name.title()}.") == [name]
 
@@ -199,7 +241,7 @@ def test_no_reply_takes_long(unit: str):
     text = (unit * 100_000)[:2_000_000]
     start = time.process_time()
     try:
-        parse_reply(text)
+        parse_reply(CRAFTER, text)
     except ValueError:
         pass
     clean(text, 300)
@@ -208,16 +250,15 @@ def test_no_reply_takes_long(unit: str):
 
 def check_parse(text: str) -> None:
     try:
-        guidance = parse_reply(text)
+        advice = parse_reply(CRAFTER, text)
     except ValueError as reason:
         assert "\n" not in str(reason) and len(str(reason)) < 500
         return
-    assert 1 <= len(set(guidance.sub_goals)) == len(guidance.sub_goals) <= llm_client.MAX_SUB_GOALS
-    assert all(0 <= i < len(vocab.SUB_GOALS) for i in guidance.sub_goals)
-    assert len(guidance.because) == len(guidance.sub_goals)
-    for reasons in guidance.because:
+    assert 1 <= len(dict(advice)) == len(advice) <= llm_client.MAX_SUB_GOALS
+    assert all(0 <= i < len(CRAFTER.sub_goals) for i, _ in advice)
+    for _, reasons in advice:
         facts = [i for i, _ in reasons]
-        assert len(set(facts)) == len(facts) and all(0 <= i < len(vocab.FACTS) for i in facts)
+        assert len(set(facts)) == len(facts) and all(0 <= i < len(CRAFTER.facts) for i in facts)
         assert all(isinstance(truth, bool) for _, truth in reasons)
 
 
@@ -247,13 +288,13 @@ def test_parser_on_any_json(value: object, sub_goals: object, facts: object):
 
 
 def test_read_caption():
-    s = llm_client.read_caption(build_messages(CAPTION, (), "x")[1]["content"])
+    s = read_caption(build_messages(CRAFTER, CAPTION, (), "x")[1]["content"])
     assert s.sights == {"tree": (-2, 0), "water": (1, -3), "cow": (-1, 4), "zombie": (0, 1)}
     assert s.facing == "grass" and s.inventory == {"wood": 3, "sapling": 1, "wood pickaxe": 1}
     assert s.vitals == {"health": 9, "food": 7, "drink": 3, "energy": 8}
     assert (s.dark, s.asleep, s.enclosed) == (False, False, False)
     assert s.unlocked == {"collect wood", "place table", "make wood pickaxe"}
-    bare = llm_client.read_caption(BARE)
+    bare = read_caption(BARE)
     assert (bare.sights, bare.inventory, bare.unlocked) == ({}, {}, frozenset())
     assert (bare.dark, bare.asleep, bare.enclosed) == (True, True, True)
 
@@ -271,75 +312,206 @@ def test_read_caption():
     ],
 )  # fmt: skip
 def test_facts_of(caption: str, true: str):
-    facts = llm_client.facts_of(llm_client.read_caption(caption))
-    assert tuple(facts) == vocab.FACTS
+    facts = truths_of(read_caption(caption))
+    assert tuple(facts) == CRAFTER.facts
     assert {name for name, truth in facts.items() if truth} == set(true.split(", "))
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", CAPTION.replace("Facing", "Face"), CAPTION.replace("drink 3, ", "")])
-def test_unreadable_caption_is_an_error_of_its_reply_alone(text: str):
-    batch = [build_messages(text, (), ""), build_messages(CAPTION, (), "")]
-    bad, good = RulesGuide(0).complete(batch, [0, 0])
-    assert "caption" in bad.error and not bad.text and not good.error and good.calls == 1
+def test_unreadable_caption_is_an_error(text: str):
+    with pytest.raises(ValueError, match="caption"):
+        read_caption(text)
+
+
+def test_rules_that_raise_are_an_error_of_their_reply_alone():
+    game = replace(CRAFTER, advise=lambda truths, named: CRAFTER.advise(truths, named) if named else [][0])
+    bad, good = replies_of(RulesGuide(game), [question(CAPTION), question(CAPTION, "Chop tree.")])
+    assert "IndexError" in bad.error and not bad.text and not good.error and good.calls == 1
+    odd = replace(question(CAPTION), situation=np.zeros(3, bool))  # facts of another game
+    bad, good = replies_of(RulesGuide(CRAFTER), [odd, question(CAPTION)])
+    assert bad.error and not bad.text and not good.error
 
 
 @pytest.mark.parametrize("caption", [CAPTION, BARE, WORKSHOP])
 @pytest.mark.parametrize("analysis", ["", "The player should drink water, then mine diamond and sleep."])
 def test_rules_round_trip(caption: str, analysis: str):
-    facts = llm_client.facts_of(llm_client.read_caption(caption))
-    (reply,) = RulesGuide(3).complete([build_messages(caption, (), analysis)], [0])
-    guidance = parse_reply(reply.text)
-    assert not reply.error and len(guidance.sub_goals) > 1 and all(guidance.because)
-    assert all(facts[vocab.FACTS[index]] == truth for reasons in guidance.because for index, truth in reasons)
+    facts = truths_of(read_caption(caption))
+    (reply,) = replies_of(RulesGuide(CRAFTER, 3), [question(caption, analysis)])
+    advice = parse_reply(CRAFTER, reply.text)
+    assert not reply.error and 1 < len(advice) <= llm_client.MAX_SUB_GOALS and all(reasons for _, reasons in advice)
+    assert all(facts[CRAFTER.facts[index]] == truth for _, reasons in advice for index, truth in reasons)
+
+
+def test_a_reworded_caption_does_not_break_the_rules_guide():
+    """It used to read the caption back, so that another wording turned every reply into an error."""
+    questions = [question(WORKSHOP, "Mine stone."), question(WORKSHOP, "Mine stone.")]
+    questions[1].caption = "xyz"
+    plain, reworded = replies_of(RulesGuide(CRAFTER), questions)
+    assert reworded.text == plain.text and not reworded.error and parsed(reworded.text)
+    assert questions[1].messages[1]["content"].startswith("xyz\n")
 
 
 def test_rules_heed_a_named_sub_goal_only_where_it_is_possible():
-    base = dict.fromkeys(vocab.FACTS, False) | {"cow in view": True, "unlocked eat cow": True}
-    cow, diamond = vocab.SUB_GOAL_INDEX["attack cow"], vocab.SUB_GOAL_INDEX["mine diamond"]
+    base = dict.fromkeys(CRAFTER.facts, False) | {"cow in view": True, "unlocked eat cow": True}
+    cow, diamond = CRAFTER.sub_goal_numbers["attack cow"], CRAFTER.sub_goal_numbers["mine diamond"]
     base["unlocked make wood sword"] = True
-    assert cow not in dict(llm_client.advise(base, []))  # not hungry, and it has eaten
+    assert cow not in dict(rules.advise(base, []))  # not hungry, and it has eaten
     base["unlocked eat cow"] = False
-    assert llm_client.advise(base, [])[0][0] != cow and llm_client.advise(base, [diamond, cow])[0][0] == cow
-    assert diamond not in dict(llm_client.advise(base, [diamond]))
-    assert tuple(llm_client.POSSIBLE) == vocab.BASIC_SUB_GOALS
-    assert {text.removeprefix("not ") for texts in llm_client.POSSIBLE.values() for text in texts} <= set(vocab.FACTS)
+    assert rules.advise(base, [])[0][0] != cow and rules.advise(base, [diamond, cow])[0][0] == cow
+    assert diamond not in dict(rules.advise(base, [diamond]))
+    assert tuple(rules.NEEDS) == CRAFTER.basic_sub_goals
+    assert {text.removeprefix("not ") for texts in rules.NEEDS.values() for text in texts} <= set(CRAFTER.facts)
 
 
 def test_advice_holds_wherever_its_reasons_do():
     rng = random.Random(0)
     for _ in range(300):
-        facts = {name: rng.random() < 0.4 for name in vocab.FACTS}
-        advice = llm_client.advise(facts, rng.sample(range(vocab.NUM_BASIC), 2))
-        assert 1 <= len(advice) <= llm_client.MAX_SUB_GOALS
-        assert all(reasons and llm_client.holds(facts, reasons) for _, reasons in advice)
+        facts = {name: rng.random() < 0.4 for name in CRAFTER.facts}
+        advice = rules.advise(facts, rng.sample(range(CRAFTER.num_basic), 2))
+        assert 1 <= len(advice) == len(dict(advice))
+        assert all(reasons and holds(facts, reasons) for _, reasons in advice)
 
 
 def test_rules_put_life_first_then_the_next_tool():
-    facts = dict.fromkeys(vocab.FACTS, False)
-    advised = [vocab.SUB_GOALS[i] for i, _ in llm_client.advise(facts, [])]
+    facts = dict.fromkeys(CRAFTER.facts, False)
+    advised = [CRAFTER.sub_goals[i] for i, _ in rules.advise(facts, [])]
     assert advised[0] == "chop tree" and "mine stone" not in advised and "attack zombie" in advised
     facts |= {"wood >= 1": True, "crafting table in view": True, "zombie near": True, "drink low": True}
-    advised = [vocab.SUB_GOALS[i] for i, _ in llm_client.advise(facts, [])]
+    advised = [CRAFTER.sub_goals[i] for i, _ in rules.advise(facts, [])]
     assert advised[:4] == ["attack zombie", "drink water", "make wood pickaxe", "make wood sword"]
-    assert {name for name, _ in (*llm_client.URGENT, *llm_client.WISE)} <= set(vocab.BASIC_SUB_GOALS)
-    said = {text.removeprefix("not ") for _, texts in (*llm_client.URGENT, *llm_client.WISE) for text in texts}
-    assert said <= set(vocab.FACTS)
+    assert {name for name, _ in (*rules.URGENT, *rules.WISE)} <= set(CRAFTER.basic_sub_goals)
+    said = {text.removeprefix("not ") for _, texts in (*rules.URGENT, *rules.WISE) for text in texts}
+    assert said <= set(CRAFTER.facts)
 
 
 def test_random_guide_is_deterministic_in_seed_messages_and_sample():
-    batch = [build_messages(caption, (), "") for caption in (CAPTION, CAPTION, BARE)]
-    texts = [reply.text for reply in RandomGuide(1).complete(batch, [0, 1, 0])]
-    assert texts == [reply.text for reply in RandomGuide(1).complete(batch, [0, 1, 0])]
-    assert len(set(texts)) == 3 and RandomGuide(2).complete(batch[:1], [0])[0].text != texts[0]
+    def batch() -> list[Question]:
+        return [question(CAPTION), question(CAPTION, sample=1), question(BARE)]
+
+    texts = [reply.text for reply in replies_of(RandomGuide(CRAFTER, 1), batch())]
+    assert texts == [reply.text for reply in replies_of(RandomGuide(CRAFTER, 1), batch())]
+    assert len(set(texts)) == 3 and replies_of(RandomGuide(CRAFTER, 2), batch()[:1])[0].text != texts[0]
     for text in texts:
-        guidance = parse_reply(text)
-        assert len(guidance.sub_goals) == 3 and max(guidance.sub_goals) < vocab.NUM_BASIC
-        assert all(len(reasons) == 2 for reasons in guidance.because)
+        advice = parsed(text)
+        assert len(advice) == 3 and max(advice) < CRAFTER.num_basic
+        assert all(len(reasons) == 2 for reasons in advice.values())
+
+
+def test_random_guide_of_a_small_game():
+    """It used to draw three sub-goals of two."""
+    (asked,) = RandomGuide(TOY).ask([Question(np.zeros(2, np.uint8), np.array([True, False]), [], None)]).wait()
+    assert not asked.error and dict(asked.advice).keys() == {0, 1}
+    assert all(set(reasons) == {(0, True), (1, False)} for _, reasons in asked.advice)
+
+
+# --- Pauses
+
+
+class SlowGuide(RulesGuide):
+    """Answers when it is told to, the second question with nonsense, the third with an error."""
+
+    def __init__(self, game: Game) -> None:
+        super().__init__(game)
+        self.go_on, self.threads = threading.Event(), []
+
+    def complete(self, questions: list[Question]) -> list[Reply]:
+        assert self.go_on.wait(10)
+        self.threads.append(threading.current_thread())
+        good, *_ = super().complete(questions)
+        nonsense = Reply("Hm.", calls=2, prompt_tokens=7, completion_tokens=3, cost=0.5, seconds=3.0)
+        return [good, nonsense, Reply(error="not asked", skipped=True), Reply(error="503")][: len(questions)]
+
+
+def test_a_pause_in_the_background_does_not_wait():
+    guide = SlowGuide(CRAFTER)
+    questions = [question(CAPTION) for _ in range(4)]
+    start = time.perf_counter()
+    pause = guide.ask(questions, background=True)
+    assert time.perf_counter() - start < 5 and all(q.messages for q in questions) and not guide.threads
+    threading.Timer(0.2, guide.go_on.set).start()
+    assert pause.wait() is questions and guide.threads[0] is not threading.current_thread()
+    assert pause.metrics()["time/llm_wait"] > 0.1
+    asked_before = [(q.reply, q.advice, q.error) for q in questions]
+    assert [(q.reply, q.advice, q.error) for q in pause.wait()] == asked_before  # a second wait changes nothing
+
+
+def test_a_pause_in_the_foreground_asks_at_once_and_the_same():
+    guide, questions = SlowGuide(CRAFTER), [question(CAPTION) for _ in range(4)]
+    guide.go_on.set()
+    pause = guide.ask(questions)
+    assert guide.threads == [threading.current_thread()]
+    pause.wait()
+    good, nonsense, skipped, failed = questions
+    assert dict(good.advice) == parsed(good.reply.text) and not good.error
+    assert not nonsense.advice and "no known sub-goal" in nonsense.error and nonsense.reply.text == "Hm."
+    assert (skipped.advice, skipped.error, failed.advice, failed.error) == ((), "not asked", (), "503")
+    metrics = pause.metrics()
+    assert metrics["llm/seconds"] == 3.0 + good.reply.seconds and metrics["llm/seconds_max"] == 3.0
+    assert metrics["llm/seconds_p50"] == pytest.approx(metrics["llm/seconds"] / 2)
+    assert {name: metrics[f"llm/{name}"] for name in ("calls", "failures", "skipped", "cache_hits")} == {
+        "calls": 3, "failures": 2, "skipped": 1, "cache_hits": 0,
+    }  # fmt: skip
+    assert [metrics[f"llm/{name}"] for name in ("prompt_tokens", "completion_tokens", "cost")] == [7, 3, 0.5]
+    assert metrics["guidance/valid_replies"] == 1
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_pause_without_questions_takes_nothing(background: bool):
+    for guide in (NoGuide(CRAFTER), RulesGuide(CRAFTER)):
+        pause: Pause = guide.ask([], background)
+        assert pause.wait() == [] and sum(pause.metrics().values()) < 0.1
+        assert "llm/seconds_p50" not in pause.metrics()
+
+
+def test_no_guide_never_answers():
+    guide, asked = NoGuide(CRAFTER), question(CAPTION)
+    guide.check()
+    guide.resume(1, 1, 1.0)
+    assert guide.ask([asked]).wait() == [asked] and asked.messages and asked.error and not asked.advice
+    guide.close()
+    assert guide.name == "none"
+
+
+def test_the_line_of_a_question_in_the_log():
+    (asked,) = RulesGuide(CRAFTER).ask([question(BARE, "Chop tree.", sample=2)]).wait()
+    asked.rows, asked.because = {TREE: 5}, [["not wood >= 4"]]
+    line = asked.log_line(CRAFTER, "rules")
+    assert list(line) == (
+        "situation rows caption adapter_prompt analysis messages sample model reply sub_goals because error skipped "
+        "cached calls prompt_tokens completion_tokens cost seconds".split()
+    )
+    assert line["situation"] == ["health low", "energy full", "dark", "asleep", "enclosed"]
+    assert (line["rows"], line["sub_goals"], line["because"]) == ([5], ["chop tree"], [["not wood >= 4"]])
+    assert (line["sample"], line["model"], line["error"], line["calls"]) == (2, "rules", "", 1)
+    assert json.loads(json.dumps(line))["messages"] == build_messages(CRAFTER, BARE, [], "Chop tree.")
+
+
+# --- Flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"llm_concurrency": 0}, "--llm-concurrency: 0 is out of range; choose 1 to 4096"),
+        ({"llm_concurrency": 4097}, "--llm-concurrency: 4097 is out of range; choose 1 to 4096"),
+        ({"llm_timeout": 0.0}, "--llm-timeout: 0.0 is out of range; choose 0.01 to 1000000"),
+        ({"llm_timeout": float("nan")}, "--llm-timeout: nan is out of range; choose 0.01 to 1000000"),
+        ({"llm_max_calls": -1}, "--llm-max-calls: -1 is out of range; choose 0 to 1000000000"),
+        ({"llm_max_cost": float("inf")}, "--llm-max-cost: inf is out of range; choose 0 to 1000000000"),
+        ({"llm_price_in": -0.1}, "--llm-price-in: -0.1 is out of range; choose 0 to 1000000"),
+        ({"llm_price_out": 1e7}, "--llm-price-out: 10000000.0 is out of range; choose 0 to 1000000"),
+    ],
+)
+def test_flags_out_of_range(flags: dict[str, float], said: str):
+    with pytest.raises(ValueError) as raised:
+        check_ranges(LlmArgs(**flags), LIMITS)
+    assert str(raised.value) == said
+    check_ranges(LlmArgs(), LIMITS)
 
 
 # --- The HTTP guide
 
-MESSAGES = build_messages(CAPTION, (), "")
+MESSAGES = build_messages(CRAFTER, CAPTION, (), "")
 CHAT = "/v1/chat/completions"
 
 
@@ -363,7 +535,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch):
 
 
 def guide(server: HTTPServer, **settings: float) -> HttpGuide:
-    return HttpGuide(server.url_for("/v1"), "tiny", **({"timeout": 5.0, "retries": 0} | settings))
+    return HttpGuide(CRAFTER, server.url_for("/v1"), "tiny", **({"timeout": 5.0, "retries": 0} | settings))
 
 
 def chat(content: object, **usage: object) -> dict[str, object]:
@@ -371,8 +543,8 @@ def chat(content: object, **usage: object) -> dict[str, object]:
     return {"object": "chat.completion", "choices": [{"index": 0, "message": message}], "usage": usage}
 
 
-def ask(client: HttpGuide) -> llm_client.Reply:
-    (reply,) = client.complete([MESSAGES], [0])
+def ask(client: HttpGuide) -> Reply:
+    (reply,) = replies_of(client, [question(CAPTION)])
     return reply
 
 
@@ -421,10 +593,10 @@ def test_http_refused_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    client = HttpGuide(url, "tiny", timeout=2, retries=1)
+    client = HttpGuide(CRAFTER, url, "tiny", timeout=2, retries=1)
     with pytest.raises(ValueError, match="--llm-base-url"):
         client.check()
-    replies = client.complete([MESSAGES] * 3, [0, 1, 2])
+    replies = replies_of(client, [question(CAPTION, sample=i) for i in range(3)])
     assert len(replies) == 3 and all("onnection" in reply.error and reply.calls == 0 for reply in replies)
 
 
@@ -458,7 +630,8 @@ def test_http_hang_ends_within_its_bounds(server: HTTPServer, capsys: pytest.Cap
     guide(server, timeout=0.3).check()
     assert capsys.readouterr().err.startswith("warning: ")
     start = time.perf_counter()
-    replies = guide(server, concurrency=1, deadline=0.5).complete([MESSAGES] * 4, [0] * 4)  # the pause as a whole
+    client = guide(server, concurrency=1, deadline=0.5)  # the pause as a whole
+    replies = replies_of(client, [question(CAPTION) for _ in range(4)])
     assert time.perf_counter() - start < 2 and all(reply.error == "time-out" for reply in replies)
     done.set()
 
@@ -500,10 +673,10 @@ def test_http_odd_usage_counts_nothing(server: HTTPServer, usage: object):
 
 def test_http_long_replies(server: HTTPServer):
     server.expect_ordered_request(CHAT).respond_with_json(chat(GOOD + " blah" * 400_000))
-    server.expect_ordered_request(CHAT).respond_with_json(chat("x" * (llm_client.MAX_BODY + 1)))
+    server.expect_ordered_request(CHAT).respond_with_json(chat("x" * (MAX_BODY + 1)))
     client = guide(server)
     reply = ask(client)
-    assert len(reply.text) == llm_client.MAX_REPLY and not reply.error
+    assert len(reply.text) == MAX_REPLY and not reply.error
     reply = ask(client)
     assert "longer than" in reply.error and not reply.text
 
@@ -542,8 +715,7 @@ def test_http_order_and_concurrency(server: HTTPServer):
         return Response(json.dumps(chat(f"{GOOD} {number}")), content_type="application/json")
 
     server.expect_request(CHAT).respond_with_handler(handler)
-    batch = [build_messages(CAPTION, (), f"number {i}") for i in range(8)]
-    replies = guide(server, concurrency=4).complete(batch, [0] * 8)
+    replies = replies_of(guide(server, concurrency=4), [question(CAPTION, f"number {i}") for i in range(8)])
     assert [reply.text for reply in replies] == [f"{GOOD} {i}" for i in range(8)]
     assert 2 <= peak <= 4
 
@@ -584,14 +756,14 @@ def test_key_is_sent_and_never_shown(server: HTTPServer, monkeypatch: pytest.Mon
 
 def test_key_is_needed_elsewhere_only(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="OPENAI_API_KEY"):
-        HttpGuide("https://llm.example/v1", "m")
+        HttpGuide(CRAFTER, "https://llm.example/v1", "m")
     for host in ("127.0.0.1:1", "localhost", "[::1]:8000"):
-        HttpGuide(f"http://{host}/v1", "m")
+        HttpGuide(CRAFTER, f"http://{host}/v1", "m")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    HttpGuide("https://llm.example/v1", "m")
+    HttpGuide(CRAFTER, "https://llm.example/v1", "m")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\u00e9\n-x")
     with pytest.raises(ValueError, match="OPENAI_API_KEY") as raised:
-        HttpGuide("https://llm.example/v1", "m")
+        HttpGuide(CRAFTER, "https://llm.example/v1", "m")
     assert "sk-" not in str(raised.value)
 
 
@@ -610,14 +782,15 @@ def test_key_is_needed_elsewhere_only(monkeypatch: pytest.MonkeyPatch):
 )
 def test_unusable_base_url(url: str):
     with pytest.raises(ValueError, match="--llm-base-url"):
-        HttpGuide(url, "m")
+        HttpGuide(CRAFTER, url, "m")
 
 
-def test_make_llm():
-    url = "http://127.0.0.1:1/v1"
-    assert llm_client.make_llm("rules", model="", base_url="", seed=1).name == "rules"
-    assert llm_client.make_llm("random", model="", base_url="", seed=1).name == "random"
-    assert llm_client.make_llm("http", model="tiny", base_url=url, seed=1).name == "http:tiny"
-    for llm, model, flag in (("gpt", "", "--llm "), ("http", "", "--llm-model")):
+def test_make_guide(tmp_path):
+    common = {"llm_base_url": "http://127.0.0.1:1/v1", "llm_cache": tmp_path / "llm.sqlite"}
+    for llm, model, name in (("rules", "", "rules"), ("random", "", "random"), ("http", "tiny", "http:tiny")):
+        made = make_guide(LlmArgs(llm, model, **common), CRAFTER, seed=1)
+        assert made.name == name and made.game is CRAFTER
+        made.close()
+    for llm, model, flag in (("gpt", "", "--llm "), ("http", "", "--llm-model"), ("replay", "", "--llm-replay")):
         with pytest.raises(ValueError, match=flag):
-            llm_client.make_llm(llm, model=model, base_url=url, seed=1)
+            make_guide(LlmArgs(llm, model, **common), CRAFTER, seed=1)

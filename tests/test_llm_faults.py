@@ -6,10 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from fault_server import GOOD, KEY, ChatServer, Handler, chat, good, lines
+from fault_server import GOOD, KEY, ChatServer, Handler, after_each_phase, chat, good, lines, quiet_runs
 
 import rladapter_ppo as rl
-import runs
 
 
 def says(content: object, h: Handler) -> None:
@@ -89,23 +88,16 @@ def train(patch: pytest.MonkeyPatch, folder: Path, server: ChatServer, phases: i
     advice little understood, so that every pause asks."""
     patch.setenv("OPENAI_API_KEY", KEY)
     patch.setenv("RLADAPTER_CACHE", str(folder.parent / "cache"))
-    patch.setattr(rl, "configure_jax", lambda args: None)
-    patch.setattr(rl.StopRequest, "__init__", lambda self, console: setattr(self, "asked", False))
-    original = runs.Log.metrics
-
-    def metrics(self: runs.Log, record: dict) -> None:
-        original(self, record)
-        before_phase(record["phase"] + 1)
-
+    quiet_runs(patch)
     with pytest.MonkeyPatch.context() as hook:
-        hook.setattr(runs.Log, "metrics", metrics)
+        after_each_phase(hook, lambda phase: before_phase(phase + 1))
         toy = (
             "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --save-every 100 "
-            "--updates-per-phase 1 --guidance-rows 8 --queries-per-phase 8 --candidates 1 --eval-episodes 16 "
-            "--adapter none --learning-rate 0 --llm http --llm-model tiny --llm-timeout 0.4 --llm-deadline 3".split()
+            "--updates-per-phase 1 --guidance-rows 8 --queries-per-phase 8 --no-trials --eval-episodes 16 "
+            "--adapter none --learning-rate 0 --no-anneal-lr --llm http --llm-model tiny --llm-timeout 0.4".split()
         )
         steps = str(128 * phases)
-        return rl.main(
+        return rl.cli(
             [*toy, "--llm-base-url", server.url, "--total-timesteps", steps, "--run-dir", str(folder), *flags]
         )
 

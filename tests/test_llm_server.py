@@ -3,29 +3,69 @@
 import json
 import os
 import re
+import shlex
 import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
-from fault_server import GOOD, KEY, ChatServer, Handler, chat, good, lines
+import tyro
+from fault_server import GOOD, KEY, ChatServer, Handler, after_each_phase, chat, good, lines, quiet_runs
 
 import llm_client
 import rladapter_ppo as rl
-import runs
-from llm_client import Budget, Cache, HttpGuide, build_messages
+from envs.crafter import CRAFTER
+from envs.game import Game
+from envs.toy import TOY, ToyEnv
+from llm_client import (
+    Guide,
+    HttpGuide,
+    Question,
+    ReplayGuide,
+    Reply,
+    build_messages,
+    follows_schema,
+    is_usable,
+    reply_form,
+    system_prompt,
+)
+from utils import llm_http
+from utils.cli import exit_code
+from utils.llm_cache import Cache
+from utils.llm_http import Budget
 
 ROOT = Path(__file__).parents[1]
-CAPTION = rl.make_env("Toy-v0", 1).to_text([0, 0])
+TREE_IN_VIEW = np.zeros(2, np.uint8)
+CAPTION = ToyEnv().to_text(TREE_IN_VIEW)
+CRAFTER_CAPTION = """You see: tree (2 north), water (1 south, 3 west).
+Facing: grass.
+Inventory: nothing.
+Vitals (of 9): health 9, food 7, drink 3, energy 8.
+It is day. The player is awake.
+Unlocked: nothing."""
 SCHEMA_REPLY = '{"sub_goals": [{"name": "chop tree", "because": ["tree in view"]}]}'
 
 
-def batch(n: int) -> list[list[dict[str, str]]]:
-    return [build_messages(CAPTION, (), f"number {i}") for i in range(n)]
+def batch(n: int, sample: int = 0, game: Game = TOY, caption: str = CAPTION) -> list[Question]:
+    """Different questions, with their messages."""
+    situation = np.zeros(len(game.facts), bool)
+    questions = [Question(TREE_IN_VIEW, situation, [], None, sample, caption, analysis=f"number {i}") for i in range(n)]
+    for question in questions:
+        question.messages = build_messages(game, caption, [], question.analysis)
+    return questions
+
+
+def ask(guide: Guide, questions: list[Question]) -> list[Reply]:
+    return [question.reply for question in guide.ask(questions).wait()]
+
+
+def toy_cache(path: Path) -> Cache:
+    return Cache(path, partial(is_usable, TOY))
 
 
 @pytest.fixture
@@ -37,7 +77,7 @@ def server(monkeypatch):
 
 
 def guide(server: ChatServer, **settings) -> HttpGuide:
-    return HttpGuide(server.url, "tiny", **({"timeout": 5.0} | settings))
+    return HttpGuide(TOY, server.url, "tiny", **({"timeout": 5.0} | settings))
 
 
 # ---- cache
@@ -45,45 +85,44 @@ def guide(server: ChatServer, **settings) -> HttpGuide:
 
 def test_the_same_question_is_asked_once(server, tmp_path):
     path = tmp_path / "deep/llm.sqlite"
-    client = guide(server, cache=Cache(path))
-    first = client.complete(batch(3), [0, 0, 0])
+    client = guide(server, cache=toy_cache(path))
+    first = ask(client, batch(3))
     assert server.requests == 3 and [r.cached for r in first] == [False] * 3
-    again = client.complete(batch(3), [0, 0, 0])
+    again = ask(client, batch(3))
     assert server.requests == 3 and [(r.text, r.cached, r.calls) for r in again] == [(GOOD, True, 0)] * 3
     client.close()
-    other = guide(server, cache=Cache(path))
-    assert [r.cached for r in other.complete(batch(4), [0, 0, 1, 0])] == [True, True, False, False]
+    other = guide(server, cache=toy_cache(path))
+    assert [r.cached for r in ask(other, [*batch(2), *batch(1, sample=1), *batch(4)[3:]])] == [True, True, False, False]
     assert server.requests == 5
 
 
 def test_the_key_is_the_whole_request(server):
-    base, (messages,) = guide(server), batch(1)
+    base, messages = guide(server), batch(1)[0].messages
     keys = [base.cache_key(messages, 0), base.cache_key(messages, 1), base.cache_key(messages[::-1], 0)]
     keys += [guide(server, structured="auto").cache_key(messages, 0)]
-    keys += [HttpGuide(url, model).cache_key(messages, 0) for url, model in
+    keys += [HttpGuide(TOY, url, model).cache_key(messages, 0) for url, model in
              ((server.url, "other"), ("http://127.0.0.1:9/v1", "tiny"))]  # fmt: skip
     assert len(set(keys)) == 6 and guide(server, timeout=9.0).cache_key(messages, 0) == keys[0]
 
 
 def test_a_question_twice_in_one_pause_is_asked_once(server):
-    (messages,) = batch(1)
-    replies = guide(server).complete([messages] * 3, [0, 0, 1])
+    replies = ask(guide(server), [*batch(1), *batch(1), *batch(1, sample=1)])
     assert server.requests == 2 and [(r.calls, r.cached) for r in replies] == [(1, False), (0, True), (1, False)]
 
 
 def test_failures_are_not_cached(server, tmp_path):
-    client = guide(server, cache=Cache(tmp_path / "c"), retries=0)
+    client = guide(server, cache=toy_cache(tmp_path / "c"), retries=0)
     server.fault = lambda h: h.send(chat("no idea"))
-    assert client.complete(batch(1), [0])[0].error
+    assert ask(client, batch(1))[0].error
     server.fault = good
-    (reply,) = client.complete(batch(1), [0])
+    (reply,) = ask(client, batch(1))
     assert (reply.error, reply.cached) == ("", False)
 
 
 @pytest.mark.parametrize("damage", ["no database", "a damaged page", "empty"])
 def test_a_damaged_cache_is_set_aside(tmp_path, capsys, damage):
     path = tmp_path / "llm.sqlite"
-    cache = Cache(path)
+    cache = toy_cache(path)
     for i in range(200):
         cache.keep(f"key {i}", GOOD)
     cache.close()
@@ -91,7 +130,7 @@ def test_a_damaged_cache_is_set_aside(tmp_path, capsys, damage):
     path.write_bytes(
         {"no database": b"hello" * 500, "empty": b"", "a damaged page": whole[:5000] + b"\xff" * 8000}[damage]
     )
-    cache = Cache(path)
+    cache = toy_cache(path)
     warning = capsys.readouterr().err
     if damage != "empty":
         assert warning.count("\n") == 1 and "--llm-cache" in warning and len(list(tmp_path.glob("*.damaged-*"))) == 1
@@ -101,7 +140,7 @@ def test_a_damaged_cache_is_set_aside(tmp_path, capsys, damage):
 
 
 def test_damage_while_running_costs_no_more_than_the_replies(tmp_path, capsys):
-    cache = Cache(tmp_path / "llm.sqlite")
+    cache = toy_cache(tmp_path / "llm.sqlite")
     cache.keep("a", GOOD)
     cache._db.execute("DROP TABLE replies")  # an error that is no damage
     assert cache.read("a") is None and cache.keep("a", GOOD) == GOOD
@@ -110,12 +149,13 @@ def test_damage_while_running_costs_no_more_than_the_replies(tmp_path, capsys):
     (tmp_path / "llm.sqlite").write_bytes(b"x" * 5_000)
     cache = Cache.__new__(Cache)  # as if it had been damaged after it was opened
     cache.path, cache._warned, cache._db = tmp_path / "llm.sqlite", False, sqlite3.connect(tmp_path / "llm.sqlite")
+    cache._usable = partial(is_usable, TOY)
     assert cache.read("a") is None and cache.keep("a", GOOD) == cache.read("a") == GOOD
     assert capsys.readouterr().err.count("set aside") == 1 and len(list(tmp_path.glob("*.damaged-*"))) == 1
 
 
 def test_odd_entries_are_no_replies(tmp_path):
-    cache = Cache(tmp_path / "llm.sqlite")
+    cache = toy_cache(tmp_path / "llm.sqlite")
     for key, text in (("a", "not json"), ("b", '"no sub-goals"'), ("c", "17"), ("d", "null")):
         cache._db.execute("INSERT INTO replies VALUES (?, ?)", (key, text))
         assert cache.read(key) is None
@@ -128,14 +168,14 @@ def test_an_impossible_place_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file/llm.sqlite", tmp_path):
         with pytest.raises(ValueError, match="--llm-cache: can't use") as raised:
-            Cache(path)
+            toy_cache(path)
         assert "\n" not in str(raised.value)
 
 
 WRITER = """
 import sys; sys.path.insert(0, sys.argv[1])
-import llm_client
-cache = llm_client.open_cache(sys.argv[2])
+from utils.llm_cache import open_cache
+cache = open_cache(sys.argv[2], lambda text: "chop tree" in text)
 for i in range(10**6 if sys.argv[3] == "forever" else 300):
     cache.keep(f"{sys.argv[3]} {i}", '{"sub_goals": ["chop tree"]}')
     if i == 100: print("writing", flush=True)
@@ -151,7 +191,7 @@ def test_processes_share_it_and_a_kill_leaves_it_readable(tmp_path, capsys):
     assert doomed.stdout.readline() == "writing\n"
     doomed.send_signal(signal.SIGKILL)
     assert a.wait(60) == b.wait(60) == 0 and doomed.wait(10) == -signal.SIGKILL
-    cache = Cache(path)
+    cache = toy_cache(path)
     assert not capsys.readouterr().err
     assert all(cache.read(f"{name} {i}") for name in "ab" for i in range(300)) and cache.read("forever 100")
     assert sqlite3.connect(path).execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -163,7 +203,7 @@ def test_processes_share_it_and_a_kill_leaves_it_readable(tmp_path, capsys):
 def test_no_more_calls_than_allowed(server):
     server.fault = lambda h: (time.sleep(0.05), good(h))[1]
     client = guide(server, budget=Budget(max_calls=5), concurrency=8)
-    replies = client.complete(batch(12), [0] * 12)
+    replies = ask(client, batch(12))
     assert server.requests == 5 and sum(not r.error for r in replies) == 5
     assert all("--llm-max-calls" in r.error and r.calls == 0 for r in replies if r.skipped)
     assert sum(r.skipped for r in replies) == 7
@@ -172,13 +212,13 @@ def test_no_more_calls_than_allowed(server):
 def test_a_repair_is_a_call_and_a_failed_request_is_none(server):
     server.fault = lambda h: h.send(chat("no idea"))
     client = guide(server, budget=Budget(max_calls=3), concurrency=1)
-    a, b = client.complete(batch(2), [0, 0])
+    a, b = ask(client, batch(2))
     assert (a.calls, b.calls, server.requests) == (2, 1, 3) and b.error and not b.skipped
     client = guide(server, budget=Budget(max_calls=1), retries=0)
     server.fault = lambda h: h.send({}, "500 Internal Server Error")
-    client.complete(batch(1), [0])
+    ask(client, batch(1))
     server.fault = good
-    assert not client.complete(batch(1), [0])[0].error
+    assert not ask(client, batch(1))[0].error
 
 
 def test_no_more_money_than_allowed(server):
@@ -186,8 +226,8 @@ def test_no_more_money_than_allowed(server):
     usage = {"prompt_tokens": 1_000, "completion_tokens": 100}
     server.fault = lambda h: h.send(chat(GOOD) | {"usage": usage})
     budget = Budget(max_cost=0.05, price_in=2.0, price_out=10.0)  # 0.003 a call
-    client = guide(server, budget=budget)
-    replies = [reply for pause in range(4) for reply in client.complete(batch(40), [pause] * 40)]
+    client = HttpGuide(CRAFTER, server.url, "tiny", timeout=5.0, budget=budget)
+    replies = [reply for pause in range(4) for reply in ask(client, batch(40, pause, CRAFTER))]
     answered = [r for r in replies if not r.error]
     assert all(r.cost == pytest.approx(0.003) for r in answered)
     assert 0.042 < sum(r.cost for r in replies) == pytest.approx(budget.cost) and budget.cost <= 0.05
@@ -197,7 +237,7 @@ def test_no_more_money_than_allowed(server):
 def test_an_answer_without_usage_has_a_price_all_the_same(server):
     server.fault = lambda h: h.send({"choices": chat(GOOD)["choices"]})
     budget = Budget(max_cost=1.0, price_in=1.0, price_out=1.0)
-    (reply,) = guide(server, budget=budget).complete(batch(1), [0])
+    (reply,) = ask(guide(server, budget=budget), batch(1))
     assert reply.cost == budget.cost > 0 and reply.prompt_tokens == 0
 
 
@@ -232,8 +272,8 @@ def test_auto_finds_out_before_training(server, behaviour, sends):
     server.fault = behaviour
     client = guide(server, structured="auto", retries=0)
     client.check()
-    assert client.sends_schema == sends
-    replies = client.complete(batch(3), [0] * 3)
+    assert client.chat.sends_schema == sends
+    replies = ask(client, batch(3))
     assert not any(r.error for r in replies) and all(r.calls == 1 for r in replies)
     assert ("response_format" in server.last) == sends
 
@@ -241,14 +281,14 @@ def test_auto_finds_out_before_training(server, behaviour, sends):
 def test_auto_finds_out_in_mid_run_too(server):
     """All requests of a pause are refused at once; each is asked again."""
     server.fault = refuses
-    replies = guide(server, structured="auto").complete(batch(6), [0] * 6)
+    replies = ask(guide(server, structured="auto"), batch(6))
     assert not any(r.error for r in replies) and all(r.calls == 1 for r in replies)
 
 
 def test_a_refusal_for_another_reason_does_not_end_the_schema(server):
     server.fault = lambda h: h.send({"error": "too long"}, "400 Bad Request") if "number 1" in h.body else structured(h)
     client = guide(server, structured="auto")
-    assert [bool(r.error) for r in client.complete(batch(3), [0] * 3)] == [False, True, False] and client.sends_schema
+    assert [bool(r.error) for r in ask(client, batch(3))] == [False, True, False] and client.chat.sends_schema
 
 
 def test_an_answer_that_breaks_off_before_training_is_a_warning(server, capsys):
@@ -268,26 +308,27 @@ def test_json_schema_insists(server):
     server.fault = ignores
     client = guide(server, structured="json_schema")
     client.check()
-    assert client.sends_schema and not client.complete(batch(1), [0])[0].error  # text that reads as guidance will do
+    assert client.chat.sends_schema and not ask(client, batch(1))[0].error  # text that reads as guidance will do
 
 
 def test_the_schema_is_closed_and_the_prompt_in_front_is_always_the_same(server):
     server.fault = structured
-    guide(server, structured="json_schema").complete(batch(1), [0])
+    ask(guide(server, structured="json_schema"), batch(1))
     request = json.loads(server.last)
     form = request["response_format"]["json_schema"]
     assert form["strict"] and form["schema"]["required"] == ["sub_goals"]
     item = form["schema"]["properties"]["sub_goals"]["items"]
     assert item["required"] == list(item["properties"]) and not item["additionalProperties"]
-    assert set(item["properties"]["name"]["enum"]) == set(llm_client.vocab.SUB_GOALS)
-    assert request["messages"][0]["content"] == llm_client.SYSTEM_PROMPT + llm_client.SCHEMA_NOTE
-    assert request["messages"][1:] == batch(1)[0][1:]
+    assert set(item["properties"]["name"]["enum"]) == set(TOY.sub_goals)
+    assert request["messages"][0]["content"] == system_prompt(TOY) + reply_form(TOY).note
+    assert request["messages"][1:] == batch(1)[0].messages[1:]
 
 
-def test_the_note_shows_what_the_schema_wants():
-    assert llm_client.follows_schema(llm_client.SCHEMA_NOTE.splitlines()[-1])
-    assert not llm_client.follows_schema(GOOD) and not llm_client.follows_schema('{"sub_goals": []}')
-    assert not llm_client.follows_schema('{"sub_goals": [{"name": "fly", "because": []}]}')
+@pytest.mark.parametrize("game", [TOY, CRAFTER], ids=lambda game: game.name)
+def test_the_note_shows_what_the_schema_wants(game):
+    assert follows_schema(game, reply_form(game).note.splitlines()[-1])
+    assert not follows_schema(game, GOOD) and not follows_schema(game, '{"sub_goals": []}')
+    assert not follows_schema(game, '{"sub_goals": [{"name": "fly", "because": []}]}')
 
 
 # ---- retries and batches
@@ -304,14 +345,14 @@ def test_retry_after_is_honoured(server):
             good(h)
 
     server.fault = busy_once
-    (reply,) = guide(server).complete(batch(1), [0])
+    (reply,) = ask(guide(server), batch(1))
     assert not reply.error and times[1] - times[0] >= 1.0
 
 
 def test_a_wait_beyond_the_deadline_is_not_begun(server):
     server.fault = lambda h: h.send({}, "429 Too Many Requests", "retry-after: 3600")
     start = time.perf_counter()
-    (reply,) = guide(server).complete(batch(1), [0])
+    (reply,) = ask(guide(server), batch(1))
     assert "429" in reply.error and time.perf_counter() - start < 2
 
 
@@ -323,7 +364,7 @@ def test_an_answer_that_breaks_off_is_asked_again(server):
         return good(h)
 
     server.fault = broken_once
-    (reply,) = guide(server).complete(batch(1), [0])
+    (reply,) = ask(guide(server), batch(1))
     assert not reply.error and server.requests == 2 and reply.calls == 1
 
 
@@ -332,7 +373,7 @@ def test_retry_delays(said):
     class Error(Exception):
         response = type("R", (), {"headers": {"retry-after": said}})
 
-    delays = [llm_client.retry_delay(Error(), 2) for _ in range(50)]
+    delays = [llm_http.retry_delay(Error(), 2) for _ in range(50)]
     assert len(set(delays)) > 1 or said == "inf"  # jitter
     low, high = {"2": (2, 8 / 3), "inf": (1e9, float("inf"))}.get(said, (1e9, 1e10) if "GMT" in said else (1.5, 2))
     assert all(low <= delay <= high for delay in delays)
@@ -350,11 +391,12 @@ def slow_server(request):
 @pytest.mark.parametrize("slow_server", [0.1], indirect=True)
 def test_256_prompts_take_little_more_than_their_latency(slow_server):
     """At most 1.5 times the ideal 0.8 s, on a machine that others keep busy as much longer as they make us wait."""
-    client, ideal = HttpGuide(slow_server, "rules", concurrency=32), 0.1 * 256 / 32
-    client.complete(batch(8), [0] * 8)  # imports
+    client, ideal = HttpGuide(CRAFTER, slow_server, "rules", concurrency=32), 0.1 * 256 / 32
+    asked = partial(batch, game=CRAFTER, caption=CRAFTER_CAPTION)
+    ask(client, asked(8))  # imports
     for attempt in range(6):
         start = time.perf_counter()
-        replies = client.complete(batch(256), [attempt] * 256)
+        replies = ask(client, asked(256, attempt))
         ratio = (time.perf_counter() - start) / ideal
         assert not any(reply.error for reply in replies) and ratio >= 1
         if ratio <= 1.5 * max(1.0, os.getloadavg()[0] / os.cpu_count()):
@@ -364,21 +406,21 @@ def test_256_prompts_take_little_more_than_their_latency(slow_server):
 
 # ---- training: the same again, replay, budget, resume, asynchronous
 
-TOY = (
+TOY_FLAGS = (
     "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --adapter none "
-    "--updates-per-phase 2 --guidance-rows 8 --queries-per-phase 8 --eval-episodes 16 --total-timesteps 1400".split()
+    "--updates-per-phase 2 --guidance-rows 8 --queries-per-phase 8 --eval-episodes 16 --total-timesteps 1400 "
+    "--no-anneal-lr".split()  # one program, whatever the number of steps
 )
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     monkeypatch.setenv("RLADAPTER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(rl, "configure_jax", lambda args: None)
-    monkeypatch.setattr(rl.StopRequest, "__init__", lambda self, console: setattr(self, "asked", False))
+    quiet_runs(monkeypatch)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
     def run(name: str, *flags: str) -> Path:
-        assert rl.main([*TOY, "--run-dir", str(tmp_path / name), *flags]) == 0
+        assert rl.cli([*TOY_FLAGS, "--run-dir", str(tmp_path / name), *flags]) == 0
         return tmp_path / name
 
     return run
@@ -390,7 +432,7 @@ def http(server: ChatServer) -> list[str]:
 
 def varied(h: Handler) -> None:
     """Another answer to every question, as a model at temperature 1 gives; now and then a useless one."""
-    goals = {name: ["tree in view"] for name in ("chop tree", "drink water", "sleep")[h.server.requests % 3 :]}
+    goals = {name: ["tree in view"] for name in ("chop tree", "drink water", "rest")[h.server.requests % 3 :]}
     h.send(chat(json.dumps({"sub_goals": goals}) if h.server.requests % 6 > 1 else "Hm."))
 
 
@@ -433,24 +475,25 @@ def test_replay_needs_no_server_and_trains_the_same(toy, server, tmp_path, cache
 def test_replay_of_something_else_looks_the_messages_up(tmp_path):
     replies = [("Hm.", "no sub-goal"), (GOOD, ""), (SCHEMA_REPLY, "")]
     questions = batch(4)
-    records = [{"messages": m, "reply": text, "error": error, "skipped": False}
-               for m, (text, error) in zip(questions, replies, strict=False)]  # fmt: skip
+    records = [{"messages": question.messages, "reply": text, "error": error, "skipped": False}
+               for question, (text, error) in zip(questions, replies, strict=False)]  # fmt: skip
     (tmp_path / "guidance.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"messa')
-    client = llm_client.ReplayGuide(tmp_path)
-    assert [r.text for r in client.complete(questions[:2], [0, 0])] == ["Hm.", GOOD]  # in order: failures, too
-    assert [r.text for r in client.complete([questions[1], questions[2]], [5, 0])] == [GOOD, SCHEMA_REPLY]
-    assert all("was not asked" in r.error for r in client.complete([questions[0], questions[3]], [0, 0]))
+    client = ReplayGuide(TOY, tmp_path)
+    assert [r.text for r in ask(client, questions[:2])] == ["Hm.", GOOD]  # in order: failures, too
+    assert [r.text for r in ask(client, [*batch(2, sample=5)[1:], questions[2]])] == [GOOD, SCHEMA_REPLY]
+    assert all("was not asked" in r.error for r in ask(client, [questions[0], questions[3]]))
     client.resume(1, 0, 0.0)
-    assert client.complete(questions[1:2], [0])[0].text == GOOD
+    assert ask(client, questions[1:2])[0].text == GOOD
 
 
 @pytest.mark.parametrize("content", [None, "", "{broken", '{"phase": 1}\n'])
-def test_replay_of_what_is_no_run(tmp_path, capsys, content):
+def test_replay_of_what_is_no_run(tmp_path, monkeypatch, capsys, content):
+    quiet_runs(monkeypatch)
     if content is not None:
         (tmp_path / "guidance.jsonl").write_text(content)
-    code = rl.main([*TOY, "--run-dir", str(tmp_path / "r"), "--llm", "replay", "--llm-replay", str(tmp_path)])
+    code = rl.cli([*TOY_FLAGS, "--run-dir", str(tmp_path / "r"), "--llm", "replay", "--llm-replay", str(tmp_path)])
     assert code == 2 and capsys.readouterr().err.startswith("error: --llm-replay: ")
-    assert rl.main([*TOY, "--run-dir", str(tmp_path / "r"), "--llm", "replay"]) == 2
+    assert rl.cli([*TOY_FLAGS, "--run-dir", str(tmp_path / "r"), "--llm", "replay"]) == 2
 
 
 def test_when_the_budget_is_spent_training_goes_on(toy, server):
@@ -471,10 +514,7 @@ def test_cost_and_latencies_are_in_the_metrics(toy, server):
 
 
 def stop_after(monkeypatch, phase: int, how) -> None:
-    original = runs.Log.metrics
-    monkeypatch.setattr(
-        runs.Log, "metrics", lambda self, record: (original(self, record), record["phase"] == phase and how())
-    )
+    after_each_phase(monkeypatch, lambda logged: logged == phase and how())
 
 
 class Killed(Exception):
@@ -488,9 +528,9 @@ def test_budget_and_totals_survive_a_kill_and_a_resume(toy, server, tmp_path, mo
     with monkeypatch.context() as patched:
         stop_after(patched, 2, lambda: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
-            rl.main([*TOY, "--run-dir", str(tmp_path / "a"), *flags])
+            rl.cli([*TOY_FLAGS, "--run-dir", str(tmp_path / "a"), *flags])
     before = len(lines(tmp_path / "a/guidance.jsonl"))
-    assert rl.main(["--resume", str(tmp_path / "a")]) == 0
+    assert rl.cli(["--resume", str(tmp_path / "a")]) == 0
     assert summary(tmp_path / "a")["llm_calls"] == 7 > before
     assert server.requests == 7 + 4  # with two checks, of two chats each
 
@@ -503,73 +543,91 @@ def test_asynchronous_runs_resume_bit_for_bit(toy, server, tmp_path, monkeypatch
         flags = ["--llm", "replay", "--llm-replay", str(toy("source", "--llm-async"))]
     whole = toy("whole", *flags, "--llm-async")
     with monkeypatch.context() as patched:
-        stops = []
-        patched.setattr(
-            rl.StopRequest, "__init__", lambda self, c: (setattr(self, "asked", False), stops.append(self))[0]
-        )
+        stops = quiet_runs(patched)
         stop_after(patched, 2, lambda: setattr(stops[-1], "asked", True))
-        assert rl.main([*TOY, "--run-dir", str(tmp_path / "halves"), *flags, "--llm-async"]) == 130
-    assert rl.main(["--resume", str(tmp_path / "halves")]) == 0
+        assert rl.cli([*TOY_FLAGS, "--run-dir", str(tmp_path / "halves"), *flags, "--llm-async"]) == 130
+    assert rl.cli(["--resume", str(tmp_path / "halves")]) == 0
     assert training(whole) == training(tmp_path / "halves")
     assert summary(whole)["episodic_return"] == summary(tmp_path / "halves")["episodic_return"]
 
 
-def test_asynchronous_answers_serve_one_phase_later_and_come_from_a_thread(toy, server):
+def test_asynchronous_answers_serve_one_phase_later(toy):
     now, later = toy("now"), toy("later", "--llm-async")
     first, second = lines(later / "metrics.jsonl")[:2]
     assert lines(now / "metrics.jsonl")[0]["guidance/coverage"] > 0 == first["guidance/coverage"]
     assert second["guidance/coverage"] > 0 and first["guidance/valid_replies"] > 0
 
-    threads = []
-    client = llm_client.RulesGuide()
-    original = client.complete
-    client.complete = lambda *a: (threads.append(threading.current_thread()), original(*a))[1]
-    args = rl.Args(env_id="Toy-v0", llm_async=True)
-    env = rl.make_env("Toy-v0", 4)
-    query = rl.Query(env.observe(env.reset(rl.jax.random.key(0), 1))[0], rl.np.zeros(len(rl.FACTS), bool), [], None)
-    pause = rl.ask_guide(args, env, [query], rl.rladapter_adapter.NoAdapter(), client, None)
-    assert pause.replies()[0].text and threads[0] is not threading.current_thread()
-    start = time.perf_counter()
-    wait = rl.in_background(lambda: time.sleep(0.5) or "answers")
-    assert time.perf_counter() - start < 0.4 and wait() == wait() == "answers"
-
 
 # ---- command lines
 
 
-def cli(*argv: str, key: str = "") -> subprocess.CompletedProcess:
-    environment = {"PATH": "/usr/bin", "COLUMNS": "200"} | ({"OPENAI_API_KEY": key} if key else {})
-    command = [sys.executable, "llm_client.py", *argv]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+def cli(monkeypatch, capsys, *argv: str, key: str = "") -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of the check command, run in this process: starting another takes seconds."""
+    if key:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    else:
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(sys, "argv", ["llm_client.py", *TOY_GAME, *argv])
+    return (exit_code(llm_client.main), *capsys.readouterr())
 
 
-@pytest.mark.parametrize(("behaviour", "schema"), [(structured, "yes"), (ignores, "no")])
-def test_the_client_checks_a_server(server, behaviour, schema):
+def command(server: ChatServer) -> list[str]:
+    return ["--llm", "http", "--llm-base-url", server.url, "--llm-model", "m"]
+
+
+TOY_GAME = ("--env-id", "Toy-v0")  # imported in less time
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "flags", "schema"),
+    [(structured, [], "yes"), (ignores, ["--prompt", "hi", "--llm-structured", "auto"], "no")],
+)
+def test_the_client_checks_a_server(server, monkeypatch, capsys, behaviour, flags, schema):
     server.fault = behaviour
-    done = cli("--llm", "http", "--llm-base-url", server.url, "--llm-model", "m", "--prompt", "hi", key=KEY)
+    code, out, err = cli(monkeypatch, capsys, *command(server), *flags, key=KEY)
+    assert code == 0, err
+    assert "chop tree" in out and "tokens" in out and "seconds" in out
+    assert re.search(f"structured output.*{schema}", out) and KEY not in out + err
+    assert json.loads(server.last)["messages"][-1]["content"].startswith("hi" if flags else "Reply with one word")
+
+
+def test_a_free_prompt_is_answered_freely(server):
+    """A schema used to be sent with it, so that "hi" was answered with sub-goals."""
+    server.fault = lambda h: h.send(chat(SCHEMA_REPLY if "response_format" in h.body else "Hello!"))
+    environment = {"PATH": "/usr/bin", "COLUMNS": "200", "OPENAI_API_KEY": KEY}
+    words = [sys.executable, "llm_client.py", *command(server), "--prompt", "hi"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "chop tree" in done.stdout and "tokens" in done.stdout and "seconds" in done.stdout
-    assert re.search(f"structured output.*{schema}", done.stdout) and KEY not in done.stdout + done.stderr
-    assert json.loads(server.last)["messages"][-1]["content"].startswith("hi")
+    assert "reply: Hello!\n" in done.stdout and "not asked for" in done.stdout and server.requests == 1
+    assert json.loads(server.last)["messages"] == [{"role": "user", "content": "hi"}]
 
 
-def test_the_client_names_what_is_wrong(server):
+def test_the_client_names_what_is_wrong(server, monkeypatch, capsys):
     server.fault = lambda h: h.send({"error": f"\x1b[31mbad key {KEY}"}, "401 Unauthorized")
-    done = cli("--llm", "http", "--llm-base-url", server.url, "--llm-model", "m", key=KEY)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "OPENAI_API_KEY" in done.stderr
-    assert KEY not in done.stderr and "\x1b" not in done.stderr
-    done = cli("--llm", "http", "--llm-base-url", "http://127.0.0.1:9/v1", "--llm-model", "m")
-    assert done.returncode == 2 and "--llm-base-url" in done.stderr and "Traceback" not in done.stderr
-    done = cli("--llm", "http")
-    assert done.returncode == 2 and "--llm-model" in done.stderr
+    code, _, err = cli(monkeypatch, capsys, *command(server), key=KEY)
+    assert code == 2 and err.count("\n") == 1 and "OPENAI_API_KEY" in err
+    assert KEY not in err and "\x1b" not in err
+    nowhere = ["--llm-base-url", "http://127.0.0.1:9/v1"]
+    code, _, err = cli(monkeypatch, capsys, *command(server), *nowhere)
+    assert code == 2 and "--llm-base-url" in err and "Traceback" not in err
+    code, _, err = cli(monkeypatch, capsys, "--llm", "http")
+    assert code == 2 and "--llm-model" in err
+
+
+def test_the_documented_checks_parse():
+    texts = (llm_client.__doc__, (ROOT / "docs/llm.md").read_text())
+    commands = [words for text in texts for words in re.findall(r"python llm_client\.py(.*)", text)]
+    assert len(commands) == 3
+    for words in commands:
+        assert tyro.cli(llm_client.CheckArgs, args=shlex.split(words)).llm_model == "NAME"
 
 
 def test_dry_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(rl, "configure_jax", lambda args: None)
+    quiet_runs(monkeypatch)
     flags = ["--llm", "http", "--llm-model", "m", "--llm-price-in", "1", "--dry-run"]  # no server is needed
-    assert rl.main([*TOY, "--run-dir", str(tmp_path / "r"), *flags]) == 0
+    assert rl.cli([*TOY_FLAGS, "--run-dir", str(tmp_path / "r"), *flags]) == 0
     said = capsys.readouterr().out
-    assert llm_client.SYSTEM_PROMPT in said and "You see: tree" in said and not (tmp_path / "r").exists()
-    assert "at most 48 calls in 6 pauses" in said and re.search(r"cost 0\.0[1-9]", said)
-    assert rl.main([*TOY, *flags, "--llm-max-calls", "10"]) == 0
+    assert system_prompt(TOY) in said and "You see: a tree" in said and not (tmp_path / "r").exists()
+    assert "in 6 pauses at most 48 calls" in said and re.search(r"cost 0\.0[1-9]", said)
+    assert rl.cli([*TOY_FLAGS, *flags, "--llm-max-calls", "10"]) == 0
     assert "at most 10 calls" in capsys.readouterr().out

@@ -11,15 +11,17 @@ import stat
 import sys
 from pathlib import Path
 
+import jax
 import make_adapter_tiny
 import numpy as np
 import pytest
 import tyro
 
+import guidance
 import llm_client
 import rladapter_adapter
 import rladapter_ppo as rl
-import runs
+from utils import run_folder, runs, trials
 
 ROOT = Path(__file__).parents[1]
 TOY = "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --updates-per-phase 3 " \
@@ -29,16 +31,11 @@ TOY = "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-
 @pytest.fixture(autouse=True)
 def small_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RLADAPTER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(rl, "configure_jax", lambda args: None)  # the tests have a compilation cache of their own
-    monkeypatch.setattr(rl.StopRequest, "__init__", quiet_stop)
-
-
-def quiet_stop(self, console):
-    self.asked, self.console = False, console
+    monkeypatch.setattr(runs, "use_compilation_cache", lambda: None)  # the tests have one of their own
 
 
 def run(folder, *more, steps=1500):
-    return rl.main([*TOY, "--total-timesteps", str(steps), "--run-dir", str(folder), *more])
+    return rl.cli([*TOY, "--total-timesteps", str(steps), "--run-dir", str(folder), *more])
 
 
 def lines(path):
@@ -60,14 +57,14 @@ def test_a_run_leaves_a_complete_folder(tmp_path):
     assert config["flags"]["num_envs"] == 8 and config["versions"]["jax"] and config["device"]
     assert guidance[0]["sub_goals"] and guidance[0]["messages"][0]["role"] == "system" and not guidance[0]["error"]
     assert outcomes[-1]["visits"] > 0 and 0 <= outcomes[-1]["comprehension"] <= 1
-    for tag in ("charts/SPS", "losses/policy_loss", "guidance/coverage", "llm/calls", "time/train", "crafter/score"):
+    for tag in ("charts/SPS", "losses/policy_loss", "guidance/coverage", "llm/calls", "time/train", "toy/score"):
         assert tag in metrics[-1], tag
     events = b"".join(p.read_bytes() for p in (tmp_path / "run").glob("events.out.*"))
     assert b"charts/episodic_return" in events
 
 
 def test_guidance_covers_the_toy_and_is_understood(tmp_path):
-    run(tmp_path / "run", "--learning-rate", "5e-3", steps=6000)
+    run(tmp_path / "run", "--learning-rate", "5e-3", "--no-trials", steps=6000)
     first, *_, last = lines(tmp_path / "run/metrics.jsonl")
     assert last["guidance/coverage"] == 1.0 and last["guidance/rows"] >= 2
     assert last["guidance/goal_success"] > first["guidance/goal_success"]
@@ -86,24 +83,17 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert run(whole) == 0
 
-    def stop_after_two(self, *values, **more):
-        self.asked_phases = getattr(self, "asked_phases", 0) + 1
-        return original(self, *values, **more)
+    def stop_after_two(self, metrics):
+        self.stop.asked = self.phase == 1
+        return original(self, metrics)
 
-    original = runs.Log.metrics
-    stops = []
-    monkeypatch.setattr(
-        rl.StopRequest, "__init__", lambda self, console: (quiet_stop(self, console), stops.append(self))[0]
-    )
-    monkeypatch.setattr(
-        runs.Log,
-        "metrics",
-        lambda self, record: (original(self, record), setattr(stops[-1], "asked", record["phase"] == 1)),
-    )
-    assert run(halves) == 130
+    original = runs.Run.log_phase
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.Run, "log_phase", stop_after_two)
+        assert run(halves) == 130
     assert not (halves / "summary.json").exists()
     (halves / "metrics.jsonl").open("a").write('{"phase": 2, "half a li')  # as a kill leaves it
-    assert rl.main(["--resume", str(halves)]) == 0
+    assert rl.cli(["--resume", str(halves)]) == 0
     assert numbers(whole) == numbers(halves)
     drop = ("wall_seconds", "compile_seconds", "SPS", "eval_seconds", "setup_seconds")
     a, b = (
@@ -117,7 +107,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 def test_a_finished_run_goes_on_with_a_larger_total(tmp_path):
     assert run(tmp_path / "run") == 0
-    assert rl.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "2e3"]) == 0
+    assert rl.cli(["--resume", str(tmp_path / "run"), "--total-timesteps", "2e3"]) == 0
     assert json.loads((tmp_path / "run/summary.json").read_text())["global_step"] == 2048
 
 
@@ -133,8 +123,7 @@ ABLATIONS = {
     "facts": "--guidance facts",
     "bonus without guidance": "--guidance none --guidance-bonus 0.1",
     "pause": "--guidance-lookup pause",
-    "tolerance": "--guidance-tolerance 2",
-    "one candidate": "--candidates 1",
+    "no trials": "--no-trials",
     "random guide": "--llm random",
     "no fine-tuning": "--sft-every 0",
     "binary": "--comprehension binary",
@@ -157,36 +146,73 @@ def test_with_an_adapter_it_analyses_and_is_tuned(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     captions = [rl.make_env("Toy-v0", 1).to_text(np.array([i % 2, 0])) for i in range(4)]
     make_adapter_tiny.train(captions, folder, steps=2)
-    monkeypatch.setattr(rl, "MARGIN", -1e9)  # everything wins
+    monkeypatch.setattr(guidance.trials, "DECIDED_AT_SE", -1e9)  # everything wins
     monkeypatch.setattr(
         rladapter_adapter.Adapter, "analyse", lambda self, prompts, key: ["It should chop tree."] * len(prompts)
     )
     flags = ["--adapter", str(folder), "--sft-every", "1"]
-    assert rl.main([*TOY, *flags, "--total-timesteps", "1500", "--run-dir", str(tmp_path / "run")]) == 0
+    assert rl.cli([*TOY, *flags, "--total-timesteps", "1500", "--run-dir", str(tmp_path / "run")]) == 0
     assert any("Analysis:" in g["messages"][1]["content"] for g in lines(tmp_path / "run/guidance.jsonl"))
     tuned = [m for m in lines(tmp_path / "run/metrics.jsonl") if "adapter/nll_after" in m]
-    assert tuned and all(np.isfinite(m["adapter/nll_after"]) for m in tuned)
+    assert tuned and all(np.isfinite(m["adapter/nll_after"]) and m["time/sft"] > 0 for m in tuned)
     assert rladapter_adapter.load_adapter(tmp_path / "run/adapter").lora_config.rank == 8
 
 
-def test_logs_hold_what_finetuning_needs(tmp_path, monkeypatch):
-    """The winners found offline, from guidance.jsonl and outcomes.jsonl, are those that training tunes on."""
+def test_examples_are_logged_as_they_are_tuned_on(tmp_path, monkeypatch):
+    """`rladapter_adapter.py sft --data RUN/examples.jsonl` must be able to do a fine-tuning again."""
     folder, tuned_on = tmp_path / "model", []
     make_adapter_tiny.train(["You see: tree (1 north)."], folder, steps=1)
-    monkeypatch.setattr(rl, "MARGIN", 0.1)
+    monkeypatch.setattr(trials, "DECIDED_AT_SE", 0.1)
     monkeypatch.setattr(
         rladapter_adapter.Adapter, "analyse",
         lambda self, prompts, key: [f"Chop tree or drink water, {i}." for i, _ in enumerate(prompts)],
     )  # fmt: skip
-    monkeypatch.setattr(rladapter_adapter.Adapter, "warm_up", lambda *_, **__: None)
-    monkeypatch.setattr(rladapter_adapter.Adapter, "finetune", lambda self, pairs, *_: tuned_on.append(pairs) or {})
+    tune = lambda self, pairs, *_, **__: tuned_on.append(pairs) or {}  # noqa: E731
+    monkeypatch.setattr(rladapter_adapter.Adapter, "finetune", tune)
     flags = ["--adapter", str(folder), "--num-envs", "16", "--guidance-rows", "4"]
     for sft_data in ("best", "all"):
         tuned_on.clear()
         args = [*TOY, *flags, "--total-timesteps", "6000", "--sft-every", "1", "--sft-data", sft_data]
-        assert rl.main([*args, "--run-dir", str(tmp_path / sft_data)]) == 0
-        offline = rl.examples_of_run(tmp_path / sft_data, sft_data)
-        assert offline and offline == tuned_on[-1]
+        assert rl.cli([*args, "--run-dir", str(tmp_path / sft_data)]) == 0
+        logged = lines(tmp_path / sft_data / "examples.jsonl")
+        last = [(line["prompt"], line["response"]) for line in logged if line["phase"] == logged[-1]["phase"]]
+        assert last and last == tuned_on[-1]
+        assert rladapter_adapter.read_examples(tmp_path / sft_data / "examples.jsonl")[-len(last) :] == last
+
+
+def test_a_run_without_a_terminal_prints_a_line_a_phase(tmp_path, capsys):
+    """Under nohup or SLURM nothing was printed for minutes."""
+    assert run(tmp_path / "run") == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("phase ")]
+    assert [line.split()[1] for line in printed] == ["0", "1", "2", "3", "4"]
+    assert all("steps/s" in line and "calls" in line for line in printed)
+
+
+def key_bits(keys):
+    """Of keys (..., ) as a list of bytes."""
+    data = np.asarray(jax.random.key_data(keys))
+    return [bits.tobytes() for bits in data.reshape(-1, data.shape[-1])]
+
+
+def test_seeds_share_no_keys():
+    """Phase 1 of seed 1 used a key of seed 2: in jax split(key)[i] is fold_in(key, i)."""
+    used = []
+    for seed in range(4):
+        key_agent, key_runner, key_phases, key_evaluation = rl.run_keys(seed)
+        used += [*key_bits(key_agent), *key_bits(key_runner), *key_bits(key_phases), *key_bits(key_evaluation)]
+        used += [bits for phase in range(5) for bits in key_bits(rl.phase_keys(key_phases, phase))]
+    assert len(used) == 4 * (4 + 2 * 5) == len(set(used))
+
+
+def test_analyses_and_fine_tuning_share_no_keys():
+    """Row 1 of the analyses had the key of the fine-tuning: both were fold_in(key, 1)."""
+    key_analyse, key_sft = rl.phase_keys(jax.random.key(1), 3)
+    rows = jax.vmap(jax.random.fold_in, (None, 0))(key_analyse, np.arange(64))
+    epochs = jax.vmap(jax.random.fold_in, (None, 0))(key_sft, np.arange(8))
+    used = [*key_bits(rows), *key_bits(key_sft), *key_bits(epochs)]
+    for epoch in epochs:
+        used += key_bits(jax.vmap(jax.random.fold_in, (None, 0))(epoch, np.arange(8)))
+    assert len(used) == len(set(used))
 
 
 # ---- bad input
@@ -194,7 +220,7 @@ def test_logs_hold_what_finetuning_needs(tmp_path, monkeypatch):
 
 def error_of(capsys, *argv):
     """The one line on stderr; exit code 2 is checked."""
-    code = rl.main(list(argv))
+    code = rl.cli(list(argv))
     err = capsys.readouterr().err
     assert code == 2, err
     assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err
@@ -214,9 +240,7 @@ def error_of(capsys, *argv):
         ("--learning-rate nan", "--learning-rate: nan"),
         ("--gamma 1.5", "--gamma: 1.5"),
         ("--guidance-bonus -1", "--guidance-bonus: -1"),
-        ("--candidates 0", "--candidates: 0"),
         ("--guidance-rows 0", "--guidance-rows: 0"),
-        ("--candidates 3", "--candidates: 3"),
         ("--seed -1", "--seed: -1"),
         ("--adapter /nowhere/model", "--adapter.*/nowhere/model"),
         ("--llm http --llm-model m --llm-base-url http://127.0.0.1:9/v1", "--llm-base-url"),
@@ -245,11 +269,11 @@ def test_flags_that_do_not_parse(capsys):
         ["--llm", "telepathy"],
     ):
         with pytest.raises(SystemExit) as stop:
-            rl.main(bad)
+            rl.cli(bad)
         assert stop.value.code == 2
     capsys.readouterr()
     assert tyro.cli(rl.Args, args=["--total-timesteps", "1e6"]).total_timesteps == 1_000_000
-    assert tyro.cli(rl.Args, args=["--no-jit"]).jit is False
+    assert tyro.cli(rl.Args, args=["--no-trials"]).table.trials is False
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path, capsys):
@@ -285,7 +309,7 @@ def test_resuming_with_other_flags_or_a_damaged_checkpoint(tmp_path, capsys):
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     for step in (folder / "checkpoints").iterdir():
         shutil.rmtree(step / "arrays")
-    code = rl.main(["--resume", str(folder)])
+    code = rl.cli(["--resume", str(folder)])
     assert code == 2 and "no checkpoint" in capsys.readouterr().err
 
 
@@ -293,8 +317,7 @@ def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch, capsys):
     def full(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs, "_append", full)
-    monkeypatch.setattr(runs, "write_summary", runs.write_summary)
+    monkeypatch.setattr(run_folder, "_append", full)
     assert run(tmp_path / "run", steps=400) == 0
     captured = capsys.readouterr()
     assert captured.err.count("No space left on device") == 1 and '"global_step": 512' in captured.out
@@ -302,7 +325,7 @@ def test_a_full_disk_does_not_stop_the_training(tmp_path, monkeypatch, capsys):
 
 def test_a_failing_checkpoint_does_not_stop_the_training(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        runs.ocp.CheckpointManager, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left"))
+        run_folder.ocp.CheckpointManager, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left"))
     )
     assert run(tmp_path / "run", steps=400) == 0
     assert "can't write a checkpoint" in capsys.readouterr().err
@@ -334,53 +357,72 @@ def test_half_a_line_is_taken_back_when_the_disk_is_full(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Path, "open", lambda self, mode: Full(real(self, mode)))
         with pytest.raises(OSError, match="No space"):
-            runs._append(path, '{"b": 2}\n')
+            run_folder._append(path, '{"b": 2}\n')
     assert path.read_text() == '{"a": 1}\n'
 
 
 def test_a_guide_that_always_fails_does_not_stop_the_training(tmp_path, monkeypatch):
     class Broken(llm_client.RulesGuide):
-        def complete(self, batch, samples):
-            return [llm_client.Reply(error="503 from the server") for _ in batch]
+        def complete(self, questions):
+            return [llm_client.Reply(error="503 from the server") for _ in questions]
 
-    monkeypatch.setattr(llm_client, "make_llm", lambda *a, **k: Broken(0))
+    monkeypatch.setattr(rl, "make_guide", lambda args, game, seed: Broken(game))
     assert run(tmp_path / "run", steps=800) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["llm_failures"] > 0 and summary["llm_calls"] == 0
 
 
-def test_ctrl_c_twice_stops_at_once(monkeypatch):
-    monkeypatch.undo()
+def test_ctrl_c_twice_stops_at_once_and_is_given_back():
     old = signal.getsignal(signal.SIGINT)
+    stop = runs.StopRequest()
     try:
-        stop = rl.StopRequest(type("Console", (), {"print": lambda *a: None}))
+        stop.listen(type("Console", (), {"print": lambda *a: None})())
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             signal.sigtimedwait([], 0.1)
     finally:
-        signal.signal(signal.SIGINT, old)
+        stop.close()
+    assert signal.getsignal(signal.SIGINT) == old
 
 
 # ---- flags and docs
 
 
+OWNERS = {"Args": "rladapter_ppo.py", "TableArgs": "guidance.py", "SftArgs": "rladapter_adapter.py",
+          "LlmArgs": "llm_client.py"}  # fmt: skip
+
+
+def flag_fields(owner):
+    tree = ast.parse((ROOT / OWNERS[owner]).read_text())
+    return [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == owner][0].body
+
+
 def test_every_flag_is_read():
     """CleanRL #426: flags that do nothing."""
-    tree = ast.parse((ROOT / "rladapter_ppo.py").read_text())
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    fields = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == "Args"][0].body
-    names = [n.target.id for n in fields if isinstance(n, ast.AnnAssign)]
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py")]
+    trees = [ast.parse(path.read_text()) for path in sources]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names = [n.target.id for owner in OWNERS for n in flag_fields(owner) if isinstance(n, ast.AnnAssign)]
     assert len(names) > 30 and not [name for name in names if name not in read]
+    assert set(runs.flags(rl.Args())) == set(names) - {"table", "sft", "llm"}  # a flag's name is unique
 
 
-def test_every_flag_has_a_docstring():
-    tree = ast.parse((ROOT / "rladapter_ppo.py").read_text())
-    body = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == "Args"][0].body
+@pytest.mark.parametrize("owner", OWNERS)
+def test_every_flag_has_a_text_that_stands_alone(owner):
+    body = flag_fields(owner)
     for field, after in zip(body, body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign):
+        if isinstance(field, ast.AnnAssign) and "OmitArgPrefixes" not in ast.dump(field):
             assert isinstance(after, ast.Expr) and isinstance(after.value.value, str), field.target.id
+            words = set(re.findall(r"[a-z]+", after.value.value.lower()))
+            assert not words & {"their", "them", "they"}, field.target.id  # read alone, nobody knows whose
+            assert not after.value.value.startswith("of "), field.target.id
+
+
+def test_flags_survive_config_json():
+    args = tyro.cli(rl.Args, args="--llm-cache none --llm-replay a/b --seed 7 --no-trials --lora-rank 3".split())
+    assert runs.args_from_flags(rl.Args, json.loads(json.dumps(runs.flags(args)))) == args
 
 
 def documented_commands():

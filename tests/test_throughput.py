@@ -56,10 +56,10 @@ def test_any_number_of_envs_asks_and_tunes_as_often_per_env_step():
         rl.check_args(args)
         steps = args.updates_per_phase * args.batch_size
         usual = default.updates_per_phase * default.batch_size
-        assert args.queries_per_phase / steps == default.queries_per_phase / usual
+        assert args.table.queries_per_phase / steps == default.table.queries_per_phase / usual
         if setting.num_envs < 4096:  # whose phases have more steps than there are to a fine-tuning
-            assert args.sft_every * steps == default.sft_every * usual
-            assert args.num_updates == args.updates_per_phase * (1 + setting.training_turns * args.sft_every)
+            assert args.sft.sft_every * steps == default.sft.sft_every * usual
+            assert args.num_updates == args.updates_per_phase * (1 + setting.training_turns * args.sft.sft_every)
 
 
 def test_the_baseline_has_the_published_network():
@@ -83,7 +83,7 @@ def test_advantages_and_loss_are_those_of_our_ppo():
     action, log_prob = jnp.array([0, 2, 1, 1]), jax.random.normal(keys[6], (4,)) - 1
     part = {"action": action, "log_prob": log_prob, "advantage": ours[0][0], "target": ours[1][0]}
     args = rl.Args(clip_coef=config.clip_eps, ent_coef=config.ent_coef, vf_coef=config.vf_coef)
-    batch = rl.Transition(None, None, action, log_prob, None, None, None, None, None)
+    batch = rl.Transition(*[None] * 3, action, log_prob, *[None] * 5)
     expected, _ = rl.ppo_loss(args, lambda *_: (logits, new_value), None, None, batch, ours[0][0], ours[1][0])
     unmoved = baseline.ppo_loss(config, logits, new_value, part | {"value": new_value})  # nothing to clip
     np.testing.assert_allclose(unmoved, expected, rtol=1e-5)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fault_server import quiet_runs
 
 import rladapter_ppo as rl
-from llm_client import HttpGuide, build_messages
-from rladapter_adapter import import_transformers
+from envs.toy import TOY, ToyEnv
+from llm_client import HttpGuide, Question
+from utils.hf_folder import import_transformers
 
 for package in ("torch", "fastapi", "uvicorn"):  # pip install "transformers[serving]" torch
     if importlib.util.find_spec(package) is None:
@@ -84,21 +86,25 @@ def served(tmp_path_factory):
 
 def test_replies_of_a_real_server(served):
     """It ignores response_format, so `auto` finds out that it must not count on it."""
-    guide = HttpGuide(*served, structured="auto")
+    guide = HttpGuide(TOY, *served, structured="auto")
     guide.check()
-    assert not guide.sends_schema
-    caption = rl.make_env("Toy-v0", 1).to_text([0, 0])
-    replies = guide.complete([build_messages(caption, (), f"number {i}") for i in range(4)], [0] * 4)
+    assert not guide.chat.sends_schema
+    obs, situation = np.zeros(2, np.uint8), np.array([True, False])
+    caption = ToyEnv().to_text(obs)
+    questions = [Question(obs, situation, [], None, 0, caption, analysis=f"number {i}") for i in range(4)]
+    replies = [question.reply for question in guide.ask(questions).wait()]
     assert [(reply.text, reply.error, reply.calls) for reply in replies] == [(REPLY, "", 1)] * 4
 
 
 def test_a_training_with_a_real_server(served, tmp_path, monkeypatch):
     url, model = served
-    monkeypatch.setattr(rl, "configure_jax", lambda args: None)
-    monkeypatch.setattr(rl.StopRequest, "__init__", lambda self, console: setattr(self, "asked", False))
-    toy = "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --total-timesteps 400 " \
-        "--guidance-rows 8 --eval-episodes 16 --adapter none --llm-cache none --llm http".split()  # fmt: skip
+    quiet_runs(monkeypatch)
+    toy = (
+        "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --total-timesteps 400 "
+        "--no-anneal-lr --updates-per-phase 2 --guidance-rows 8 --eval-episodes 16 --adapter none --llm-cache none "
+        "--llm http"
+    ).split()  # the program of test_llm_server.py
     flags = ["--llm-base-url", url, "--llm-model", model, "--run-dir", str(tmp_path / "run")]
-    assert rl.main([*toy, *flags]) == 0
+    assert rl.cli([*toy, *flags]) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["llm_calls"] > 0 == summary["llm_failures"]

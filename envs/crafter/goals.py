@@ -13,7 +13,7 @@ from craftax.craftax_classic.constants import DIRECTIONS, Action, BlockType
 from craftax.craftax_classic.envs.craftax_state import EnvState, Mobs
 from craftax.craftax_classic.game_logic import get_player_attack_damage
 
-from envs.vocabulary import BASIC_SUB_GOALS
+from envs.crafter.vocabulary import BASIC_SUB_GOALS
 
 _MOB_GOALS = {"attack cow": "cows", "attack zombie": "zombies", "attack skeleton": "skeletons"}
 _GAINS = {

@@ -1,4 +1,4 @@
-"""Text embeddings: what the policy and the comprehension score make of the sub-goals' names.
+"""Text embeddings: vectors of the sub-goals' names, for the policy and the comprehension score.
 
     hash     no model and no download: sees shared words, not meaning
     a BERT   folder or Hugging Face hub id of a sentence-transformers model, such as
@@ -18,14 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import envs.vocabulary as vocab
-import rladapter_adapter
+from utils import hf_folder
 
 Tree = dict[str, Any]
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:
-    """(D,) float32 of norm 1; zeros stay zeros."""
+    """Scales to norm 1, (D,) float32; zeros stay zeros."""
     return (vector / (float(np.linalg.norm(vector)) or 1.0)).astype(np.float32)
 
 
@@ -38,7 +37,7 @@ class Embedding:
         self._known: dict[str, np.ndarray] = {}
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, D) float32, rows of norm 1; a zero row for a text without words."""
+        """Returns (n, D) float32, rows of norm 1; a zero row for a text without words."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         self._known |= {text: _unit(row) for text, row in zip(new, self.embed(new) if new else (), strict=True)}
         return np.array([self._known[text] for text in texts], np.float32).reshape(len(texts), self.dim)
@@ -72,7 +71,7 @@ class BertEmbedding(Embedding):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        transformers = rladapter_adapter.import_transformers()
+        transformers = hf_folder.import_transformers()
         self.config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
         if self.config.model_type != "bert" or self.config.hidden_act != "gelu":
             raise ValueError(
@@ -93,7 +92,10 @@ class BertEmbedding(Embedding):
 
 
 def read_bert(folder: Path, num_layers: int) -> Tree:
-    """Weights of model.safetensors in f32 under HF's names, those of the layers in a list. ValueError if some lack."""
+    """Returns the weights of model.safetensors, f32, under HF's names, those of the layers in a list.
+
+    Raises ValueError if some are missing.
+    """
     from safetensors.numpy import load_file
 
     tensors = {
@@ -115,14 +117,16 @@ def read_bert(folder: Path, num_layers: int) -> Tree:
 
 
 def _pair(tensors: Tree, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(weight, bias); torch keeps a dense layer's weight as (out, in), we as (in, out)."""
+    """Returns (weight, bias); torch keeps a dense layer's weight as (out, in), we as (in, out)."""
     return tensors[f"{name}.weight"].T, tensors[f"{name}.bias"]
 
 
 def bert(num_heads: int, eps: float, params: Tree, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """tokens (B, T) int, mask (B, T) f32, 0 for padding -> (B, D), the mean of the last hidden states (not normalised).
+    """Returns the mean of the last hidden states, (B, D), not normalised. A post-norm encoder (arXiv 1810.04805).
 
-    Post-norm transformer encoder (arXiv 1810.04805), exact gelu, token type 0.
+    Args:
+        tokens: (B, T) int, all of token type 0
+        mask: (B, T) f32, 0 for padding
     """
     batch, length = tokens.shape
 
@@ -148,23 +152,11 @@ def bert(num_heads: int, eps: float, params: Tree, tokens: jax.Array, mask: jax.
 
 @functools.lru_cache(maxsize=2)
 def make_embedding(name: str) -> Embedding:
-    """The encoder that --embed names: hash, or a BERT's folder or hub id. Raises ValueError, one line."""
+    """Returns the encoder that --embed names: hash, or a BERT's folder or hub id. Raises ValueError, one line."""
     if name == "hash":
         return HashEmbedding()
     try:
-        return BertEmbedding(Path(name) if Path(name).is_dir() else _download(name))
+        return BertEmbedding(hf_folder.find_folder(name))
     except Exception as error:  # of the file system, the hub, safetensors, transformers: each has its own
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"--embed: can't use {name!r}, use hash, or a BERT's folder or hub id ({said})") from None
-
-
-def _download(repo: str) -> Path:
-    """A hub repository's files, from Hugging Face's cache where they are there."""
-    import huggingface_hub
-
-    return Path(huggingface_hub.snapshot_download(repo, allow_patterns=["*.json", "*.txt", "model.safetensors"]))
-
-
-def embed_sub_goals(embedding: Embedding, indices: Sequence[int]) -> np.ndarray:
-    """(D,) of a set of sub-goals: the normalised sum over their names, so order does not matter; zeros if empty."""
-    return _unit(embedding.encode([vocab.SUB_GOALS[i] for i in indices]).sum(axis=0))

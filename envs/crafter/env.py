@@ -1,43 +1,24 @@
 """Craftax-Classic-Symbolic-v1, vectorised, with compact observations and a pool of fresh worlds.
 
-The env protocol, for whoever wants to add an env (`envs/toy.py` is the smallest one). An env is an object without
-arrays of its own (so that it can be a static argument of `jax.jit`), equal to another one of the same settings, with
-
-    name: str    num_actions: int    achievements: tuple[str, ...] (A)
-    num_pools: int                                       G, see below
-    reset(key, num_envs) -> state                        fresh episodes; `state` is any pytree
-    refill(keys (G,), state) -> state                    called once per update, for work too dear to do at each step
-    observe(state) -> obs (N, O) uint8                   all that policy, facts and caption are made of
-    step(keys (N,), state, action (N,)) -> state, reward (N,) f32, done (N,) bool, info
-    features(obs (..., O)) -> (..., F) f32               what the policy sees of it
-    facts(obs (..., O)) -> (..., P) bool                 in the order of `vocabulary.FACTS`
-    to_text(obs (O,)) -> str                             the caption, on the host
-    random_observations(key, n) -> (n, O) uint8          situations of all kinds, for the default adapter's first words
-
-The first axis of every array of `state` has N or G entries: env i and pool i * G // N belong together, and nothing else
-does, so that D devices (G divisible by D) can each run `refill`, `observe` and `step` on their part of both.
-
-`step` resets an env whose episode ends: the state it returns is then the first one of the next episode, reward and
-done are those of the step. `info` holds, per env, `reached (N, 22) bool` and `worked (N, 22) bool` (see `envs.goals`),
-`achievements (N, A) bool` as they stood at the end of the step, before the reset. Termination and truncation are
-merged, as in craftax: an episode that hits `max_timesteps` (10,000) ends like a death, its value is not bootstrapped.
+`envs` documents the protocol. Termination and truncation are merged, as in craftax: an episode that hits
+`max_timesteps` (10,000) ends like a death, its value is not bootstrapped.
 """
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from craftax.craftax_classic.constants import OBS_DIM, Achievement, BlockType
+from craftax.craftax_classic.constants import OBS_DIM, Achievement, Action, BlockType
 from craftax.craftax_classic.envs.craftax_state import EnvParams, EnvState, StaticEnvParams
 from craftax.craftax_classic.game_logic import craftax_step, is_game_over
 from craftax.craftax_classic.world_gen import generate_world
 
-from envs import captions, goals
-from envs.vocabulary import ACHIEVEMENTS
+from envs.crafter import CRAFTER, captions, goals
+from envs.game import Game
 
-assert tuple(a.name.lower() for a in Achievement) == ACHIEVEMENTS, "craftax has changed the order of its achievements"
+assert tuple(a.name.lower() for a in Achievement) == CRAFTER.achievements, "craftax has changed its achievements"
+assert tuple(a.name.lower().replace("_", " ") for a in Action) == CRAFTER.actions, "craftax has changed its actions"
 
 NUM_BLOCKS = len(BlockType)
 ROWS, COLS = OBS_DIM  # 7, 9
@@ -80,8 +61,7 @@ class CraftaxEnv:
     params: EnvParams = EnvParams()
     static_params: StaticEnvParams = StaticEnvParams()
 
-    num_actions: int = 17
-    achievements: tuple[str, ...] = ACHIEVEMENTS
+    game: Game = CRAFTER
 
     def reset(self, key: jax.Array, num_envs: int) -> VectorState:
         key_envs, key_pool = jax.random.split(key)
@@ -126,7 +106,7 @@ class CraftaxEnv:
         return state, reward, done, info
 
     def observe(self, state: VectorState) -> jax.Array:
-        return jax.vmap(_observe)(state.envs)
+        return jax.vmap(observe_one)(state.envs)
 
     def features(self, obs: jax.Array) -> jax.Array:
         """The same numbers in the same order as craftax's symbolic observation, (..., 1345) f32."""
@@ -144,10 +124,6 @@ class CraftaxEnv:
 
     def to_text(self, obs: Any) -> str:
         return captions.to_text(obs)
-
-    def random_observations(self, key: jax.Array, n: int) -> jax.Array:
-        """Situations of every stage of the game: random walks, with inventory, vitals and achievements drawn anew."""
-        return _random_observations(self, key, n)
 
     def _generate(self, keys: jax.Array) -> EnvState:
         """One fresh world per key, with the keys' leading axes."""
@@ -176,7 +152,7 @@ def _start_episodes(state: VectorState, done: jax.Array) -> VectorState:
     return VectorState(envs, Pool(pool.worlds, used, pool.reused + reused))
 
 
-def _observe(state: EnvState) -> jax.Array:
+def observe_one(state: EnvState) -> jax.Array:
     """Everything that matters about one game in 167 bytes; the layout is that of `envs.captions`.
 
     Equal to craftax's symbolic observation but for its mob map, where a mob out of view can hide one in view (an index
@@ -201,49 +177,3 @@ def _observe(state: EnvState) -> jax.Array:
         state.player_direction - 1, jnp.round(state.light_level * 255), state.is_sleeping,
     ]).astype(jnp.uint8)  # fmt: skip
     return jnp.concatenate([blocks.reshape(-1), mobs, numbers, state.achievements.astype(jnp.uint8)])
-
-
-@partial(jax.jit, static_argnums=(0, 2))
-def _random_observations(env: CraftaxEnv, key: jax.Array, n: int) -> jax.Array:
-    env = replace(env, num_pools=1)
-    key_reset, key_walk, key_mix = jax.random.split(key, 3)
-    num_envs = min(n, 64)
-    num_steps = -(-n // num_envs)
-
-    def step(state: VectorState, key: jax.Array) -> tuple[VectorState, None]:
-        key_action, key_step = jax.random.split(key)
-        action = jax.random.randint(key_action, (num_envs,), 0, env.num_actions)
-        return env.step(jax.random.split(key_step, num_envs), state, action)[0], None
-
-    def walk(state: VectorState, key: jax.Array) -> tuple[VectorState, jax.Array]:
-        key_steps, key_refill = jax.random.split(key)
-        state, _ = jax.lax.scan(step, state, jax.random.split(key_steps, 10))  # so that neighbours in the sample differ
-        return env.refill(key_refill[None], state), env.observe(state)
-
-    _, obs = jax.lax.scan(walk, env.reset(key_reset, num_envs), jax.random.split(key_walk, num_steps))
-    obs = obs.reshape(-1, obs.shape[-1])[:n]
-    return jax.vmap(_enrich)(jax.random.split(key_mix, n), obs)
-
-
-def _enrich(key: jax.Array, obs: jax.Array) -> jax.Array:
-    """Half of the situations keep what a random walk has; the others get things that a random walk never owns."""
-    key_which, key_stage, key_items, key_vitals, key_block, key_light = jax.random.split(key, 6)
-    stage = jax.random.randint(key_stage, (), 0, 5)  # none, wood, stone, iron, all tools
-    tools = (jnp.array([1, 2, 3, 1, 2, 3]) <= stage).astype(jnp.uint8)
-    items = jax.random.randint(key_items, (6,), 0, 6).astype(jnp.uint8)
-    items = items * (jnp.array([0, 1, 1, 2, 3, 0]) <= stage)
-    vitals = jax.random.randint(key_vitals, (4,), 1, 10).astype(jnp.uint8)
-    rich = obs.at[captions.INVENTORY_SLICE].set(jnp.concatenate([items, tools]))
-    rich = rich.at[captions.VITALS_SLICE].set(vitals)
-    cell, kind = jax.random.randint(key_block, (2,), 0, CELLS - 1)
-    cell += cell >= CELLS // 2  # anywhere but under the player
-    rich = rich.at[cell].set(jnp.array([11, 12, 8, 9, 10, 16, 3, 5, 4], jnp.uint8)[kind % 9])
-    rich = rich.at[captions.LIGHT].set(jax.random.randint(key_light, (), 0, 256).astype(jnp.uint8))
-    unlocked = jnp.array([
-        items[0] > 0, stage > 0, False, items[5] > 0, False, tools[0], tools[3], False, False, items[1] > 0,
-        False, False, False, tools[1], tools[4], False, False, items[2] > 0, items[3] > 0, items[4] > 0,
-        tools[2], tools[5],
-    ])  # fmt: skip
-    unlocked = unlocked | (jax.random.uniform(jax.random.fold_in(key, 1), (22,)) < 0.1 * stage)
-    rich = rich.at[captions.UNLOCKED].set(unlocked.astype(jnp.uint8))
-    return jnp.where(jax.random.uniform(key_which) < 0.5, obs, rich)

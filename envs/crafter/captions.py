@@ -1,14 +1,17 @@
 """What is known about a situation: facts (on the device) and a caption in words (on the host).
 
-Both are made from the compact observation of `envs.craftax`, 167 uint8, whose layout is fixed here. Facts and caption
-are read from the game's state, which the compact observation copies, not from craftax's symbolic observation.
+Both are made from the compact observation of `envs.crafter.env`, 167 uint8, whose layout is fixed here. Facts and
+caption are read from the game's state, which the compact observation copies, not from craftax's symbolic observation.
 """
+
+import re
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs.vocabulary import ACHIEVEMENTS, AMOUNTS, INVENTORY, LOW, NEAR, SIGHTS, VITALS
+from envs.crafter.vocabulary import ACHIEVEMENTS, AMOUNTS, INVENTORY, LOW, NEAR, SIGHTS, VITALS
 
 ROWS, COLS = 7, 9
 CENTRE = (ROWS // 2, COLS // 2)
@@ -130,3 +133,73 @@ def _facing(obs: np.ndarray) -> str:
         if obs[MOBS][cell] >> bit & 1:
             return name
     return _BLOCK_NAMES[int(obs[BLOCKS][cell])]
+
+
+# ------------------------------------------------------------------------------------------- a caption, read back
+# For programs that are given nothing but text: benchmarks/chat_server.py, the teacher of the tiny adapter, and the test
+# that a caption says the same as the facts. Training never reads text back.
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption says."""
+
+    sights: dict[str, tuple[int, int]]  # name -> (dy, dx) of the nearest one, in steps, north and west negative
+    facing: str
+    inventory: dict[str, int]  # tools count 1
+    vitals: dict[str, int]
+    dark: bool
+    asleep: bool
+    enclosed: bool
+    unlocked: frozenset[str]  # achievements in words: "collect wood"
+
+
+def read_caption(text: str) -> Scene:
+    """Reads the caption that a text starts with, ignoring what follows. Raises ValueError where there is none."""
+    lines: dict[str, str] = {}
+    for line in text.splitlines():
+        label, _, rest = line.partition(": ")
+        lines.setdefault(label, rest.rstrip(" ."))
+    vitals = {name: int(n) for name, n in re.findall(r"([a-z]+) (\d+)", lines.get("Vitals (of 9)", ""))}
+    missing = [label for label in ("You see", "Facing", "Inventory", "Unlocked") if label not in lines]
+    missing += [name for name in VITALS if name not in vitals]
+    if missing:
+        raise ValueError(f"no {missing[0]!r} in the caption {text[:80]!r}")
+    items = _items(lines["Inventory"])
+    about = next((line for line in text.splitlines() if line.startswith("It is ")), "")
+    return Scene(
+        sights={name: _offset(steps) for name, steps in re.findall(r"([a-z][a-z ]*) \(([^)]*)\)", lines["You see"])},
+        facing=lines["Facing"],
+        inventory={item.lstrip("0123456789 "): int(re.match("[0-9]*", item)[0] or 1) for item in items},
+        vitals=vitals,
+        dark="It is dark." in about,
+        asleep="The player is asleep." in about,
+        enclosed="The player is enclosed." in about,
+        unlocked=frozenset(_items(lines["Unlocked"])),
+    )
+
+
+def _items(listing: str) -> list[str]:
+    return [] if listing.startswith("nothing") else listing.split(", ")
+
+
+def _offset(steps: str) -> tuple[int, int]:
+    """(dy, dx) of "1 south, 3 west" and the like."""
+    far = {direction: int(count) for count, direction in re.findall(r"(\d+) (north|south|west|east)", steps)}
+    return far.get("south", 0) - far.get("north", 0), far.get("east", 0) - far.get("west", 0)
+
+
+def truths_of(scene: Scene) -> dict[str, bool]:
+    """The truth of every name in FACTS, in that order, from a caption alone."""
+    near = {name: (abs(dy), abs(dx)) for name, (dy, dx) in scene.sights.items()}
+    nowhere = (99, 99)
+    names = (name.replace("_", " ") for name in ACHIEVEMENTS)
+    truths = {f"unlocked {name}": name in scene.unlocked for name in names}
+    truths |= {f"{item} >= {n}": scene.inventory.get(item, 0) >= n for item, n in AMOUNTS}
+    truths |= {f"{vital} low": scene.vitals[vital] <= LOW for vital in VITALS}
+    truths |= {f"{sight} in view": sight in scene.sights for sight in SIGHTS}
+    truths["zombie near"] = sum(near.get("zombie", nowhere)) <= NEAR
+    truths["table in reach"] = max(near.get("crafting table", nowhere)) <= 1
+    truths["furnace in reach"] = max(near.get("furnace", nowhere)) <= 1
+    truths["energy full"] = scene.vitals["energy"] >= 9
+    return truths | {"dark": scene.dark, "asleep": scene.asleep, "enclosed": scene.enclosed}

@@ -1,7 +1,7 @@
-"""Run folders: create one, log to it, checkpoint it, resume it, reload what it trained.
+"""A run's folder: create one, log to it, checkpoint it, read it.
 
-    config.json  metrics.jsonl  guidance.jsonl  outcomes.jsonl  summary.json  checkpoints/  events.out.* (TensorBoard)
-    adapter/  (the fine-tuned LoRA weights)
+    config.json  metrics.jsonl  guidance.jsonl  outcomes.jsonl  examples.jsonl  summary.json  checkpoints/
+    events.out.* (TensorBoard)  adapter/ (the fine-tuned LoRA weights)
 
 Every line of a .jsonl file carries the phase it was written in, so that a resumed run can cut them back to its
 checkpoint. Errors are ValueError with one line that says what to do; once training is under way nothing in here stops
@@ -19,14 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "craftax", "transformers", "openai")
-LOGS = ("metrics.jsonl", "guidance.jsonl", "outcomes.jsonl")
+LOGS = ("metrics.jsonl", "guidance.jsonl", "outcomes.jsonl", "examples.jsonl")
+
+
+def default_folder(env_id: str, exp_name: str, seed: int) -> Path:
+    return Path("runs") / f"{env_id}__{exp_name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def check_free(folder: Path) -> None:
-    """Raise ValueError if the folder holds anything already."""
+    """Raises ValueError if the folder holds anything already."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
             f"--run-dir: {folder} exists and is not empty; choose another, or continue it with --resume {folder}"
@@ -34,7 +39,7 @@ def check_free(folder: Path) -> None:
 
 
 def create(folder: Path, config: dict[str, Any]) -> None:
-    """Make a new run folder with its config.json. Raises ValueError if it can't be written."""
+    """Makes a new run folder with its config.json. Raises ValueError if it can't be written."""
     check_free(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +49,10 @@ def create(folder: Path, config: dict[str, Any]) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a run that can be resumed. Raises ValueError if the folder is no run or has no checkpoint."""
+    """Reads config.json of a run that can be resumed.
+
+    Raises ValueError if the folder is no run or has no checkpoint.
+    """
     try:
         config = json.loads((folder / "config.json").read_text())
         config["flags"]["seed"]
@@ -56,14 +64,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Versions, device and git commit, for config.json."""
+    """Returns versions, device and git commit, for config.json."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True
     )
@@ -77,7 +85,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write via a temporary file, so that a kill leaves the old content or the new one, never half of it."""
+    """Writes via a temporary file, so that a kill leaves the old content or the new one, never half of it."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     temporary.replace(path)
@@ -101,7 +109,7 @@ class Log:
         self.wandb = _start_wandb(folder, config) if track else None
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """One object a phase; numbers go to TensorBoard and W&B under their tags."""
+        """Writes one object a phase; numbers go to TensorBoard and W&B under their tags."""
         self.append("metrics.jsonl", [record])
         step = record["global_step"]
         tagged = {tag: value for tag, value in record.items() if "/" in tag and value is not None}
@@ -119,7 +127,7 @@ class Log:
             self._guarded(self.wandb.finish)
 
     def _guarded(self, write: Any) -> None:
-        """A full disk or a lost connection must not end a training of hours."""
+        """Reports a failure once: a full disk or a lost connection must not end a training of hours."""
         try:
             write()
         except Exception as error:
@@ -139,7 +147,7 @@ class NoLog:
 
 
 def _import_tensorboard() -> Any:
-    """Without torch, which it loads where it finds it: that takes longer than all the rest."""
+    """Imports without torch, which it loads where it finds it: that takes longer than all the rest."""
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # its import fails, which tensorboardX expects
@@ -152,7 +160,7 @@ def _import_tensorboard() -> Any:
 
 
 def _append(path: Path, text: str) -> None:
-    """Append whole lines: what a full disk cut off is taken back."""
+    """Appends whole lines: what a full disk cut off is taken back."""
     with path.open("a") as file:
         start = file.tell()
         try:
@@ -164,7 +172,7 @@ def _append(path: Path, text: str) -> None:
 
 
 def import_wandb() -> Any:
-    """Raises ValueError, one line, where it is not installed."""
+    """Imports Weights & Biases. Raises ValueError, one line, where it is not installed."""
     try:
         import wandb
     except ImportError:
@@ -175,7 +183,7 @@ def import_wandb() -> Any:
 
 
 def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
-    return import_wandb().init(project="rladapter-jax", name=folder.name, dir=str(folder), config=config["flags"])
+    return import_wandb().init(project="rladapter-jax", name=folder.name, dir=str(folder), config=config)
 
 
 class Checkpoints:
@@ -191,11 +199,15 @@ class Checkpoints:
         )
         self.manager = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
 
-    def save(self, phase: int, arrays: Any, extra: dict[str, Any]) -> bool:
-        """True if it was written. A failure is reported and training goes on, with the older checkpoint in place."""
+    def save(
+        self, phase: int, arrays: Any, situations: dict[str, np.ndarray], extra: dict[str, Any]
+    ) -> bool:
+        """Returns True if it was written. A failure is reported and training goes on, the older checkpoint in place."""
         try:
-            args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), extra=ocp.args.JsonSave(extra))
-            self.manager.save(phase, args=args, force=True)
+            items = {"arrays": ocp.args.StandardSave(arrays), "extra": ocp.args.JsonSave(extra)}
+            if all(map(len, situations.values())):  # Orbax takes no empty arrays
+                items["situations"] = ocp.args.StandardSave(situations)
+            self.manager.save(phase, args=ocp.args.Composite(**items), force=True)
             self.manager.wait_until_finished()
             return True
         except Exception as error:
@@ -203,14 +215,21 @@ class Checkpoints:
             print(f"warning: can't write a checkpoint to {self.folder} ({reason}); training goes on", file=sys.stderr)
             return False
 
-    def restore(self, arrays: Any) -> tuple[int, Any, dict[str, Any]]:
-        """(phase, arrays like those given, extra) of the newest readable checkpoint. Raises ValueError if none is."""
+    def restore(self, arrays: Any, situations: dict[str, np.ndarray]) -> tuple[int, Any, Any, dict[str, Any]]:
+        """Reads the newest readable checkpoint. Raises ValueError if none is.
+
+        Returns:
+            phase; arrays like those given; situations, of any number, those given where none were saved; extra
+        """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays)
-        args = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore())
+        items = {"arrays": ocp.args.StandardRestore(abstract), "extra": ocp.args.JsonRestore()}
         for phase in sorted(self.manager.all_steps(), reverse=True):
             try:
-                restored = self.manager.restore(phase, args=args)
-                return phase, restored["arrays"], restored["extra"]
+                if (self.folder / "checkpoints" / str(phase) / "situations").exists():
+                    items["situations"] = ocp.args.StandardRestore()
+                restored = self.manager.restore(phase, args=ocp.args.Composite(**items))
+                met = to_numpy(restored["situations"]) if "situations" in items else situations
+                return phase, restored["arrays"], met, restored["extra"]
             except Exception as error:
                 reason = clean_line(str(error))
                 print(f"warning: checkpoint {phase} of {self.folder} can't be read ({reason})", file=sys.stderr)
@@ -225,7 +244,7 @@ def clean_line(text: str) -> str:
 
 
 def read_log(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The whole lines of a log: one may be cut off."""
+    """Returns the whole lines of a log: one may be cut off."""
     records = []
     for line in (folder / name).read_text().splitlines() if (folder / name).exists() else ():
         try:
@@ -238,7 +257,7 @@ def read_log(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def cut_logs(folder: Path, phase: int) -> None:
-    """Drop what was logged in this phase or later, or was cut off in the middle of a line."""
+    """Drops what was logged in this phase or later, or was cut off in the middle of a line."""
     for name in LOGS:
         path = folder / name
         if not path.exists():
@@ -249,10 +268,5 @@ def cut_logs(folder: Path, phase: int) -> None:
         temporary.replace(path)
 
 
-def cache_folder() -> Path:
-    """Where compiled programs are kept between runs: $RLADAPTER_CACHE or ~/.cache/rladapter."""
-    return Path(os.environ.get("RLADAPTER_CACHE") or "~/.cache/rladapter").expanduser()
-
-
-def default_folder(env_id: str, exp_name: str, seed: int) -> Path:
-    return Path("runs") / f"{env_id}__{exp_name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+def to_numpy(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)

@@ -1,12 +1,9 @@
-"""The words that every stage shares: achievements, facts, sub-goals and their aliases. Plain Python, no jax.
+"""The words of Crafter: achievements, facts, sub-goals and their aliases. Plain Python, no jax.
 
 The sub-goals are the closed list of the reference method (arXiv 2309.17176): 22 basic ones, in the order of the
 achievement that each of them unlocks, then nine composite ones, which are advice only (nothing detects them).
-Facts are named booleans about a situation. They are what guidance may depend on (see `GuidanceTable`), so an LLM names
-them in its replies, "not " in front of a false one.
+Facts are named booleans about a situation. Advice may rest on them and on nothing else.
 """
-
-import re
 
 # Crafter's 22 achievements, in the order of craftax's `Achievement` enum.
 ACHIEVEMENTS = (
@@ -30,6 +27,13 @@ COMPOSITE_SUB_GOALS = (
 SUB_GOALS = BASIC_SUB_GOALS + COMPOSITE_SUB_GOALS
 NUM_BASIC = len(BASIC_SUB_GOALS)
 
+# In the order of craftax's `Action` enum.
+ACTIONS = (
+    "noop", "left", "right", "up", "down", "do", "sleep", "place stone", "place table", "place furnace", "place plant",
+    "make wood pickaxe", "make stone pickaxe", "make iron pickaxe", "make wood sword", "make stone sword",
+    "make iron sword",
+)  # fmt: skip
+
 INVENTORY = (
     "wood", "stone", "coal", "iron", "diamond", "sapling",
     "wood pickaxe", "stone pickaxe", "iron pickaxe", "wood sword", "stone sword", "iron sword",
@@ -38,7 +42,7 @@ VITALS = ("health", "food", "drink", "energy")
 LOW = 4  # a vital is low at this value (of 9) or below: one or two lost points from trouble, time enough to act
 NEAR = 3  # a zombie is near within this many steps
 
-# What a caption can say is in view, and whether the thing can be walked through does not matter here.
+# Things that a caption can report as in view, passable or not.
 SIGHTS = (
     "tree", "water", "stone", "coal", "iron", "diamond", "crafting table", "furnace", "plant", "ripe plant", "lava",
     "cow", "zombie", "skeleton", "arrow",
@@ -49,18 +53,16 @@ AMOUNTS = (
     ("iron", 2), ("sapling", 1),
 )  # fmt: skip
 
-# Fact names, (P,). The order is the layout of every key: unlocked, amounts, vitals, view, the rest.
+# Fact names, (P,). The order is the layout of every situation: unlocked, amounts, vitals, view, the rest.
 _UNLOCKED = tuple("unlocked " + name.replace("_", " ") for name in ACHIEVEMENTS)
 _AMOUNTS = tuple(f"{item} >= {n}" for item, n in AMOUNTS)
 _LOW = tuple(f"{vital} low" for vital in VITALS)
 _VIEW = tuple(f"{sight} in view" for sight in SIGHTS)
 _REST = ("zombie near", "table in reach", "furnace in reach", "energy full", "dark", "asleep", "enclosed")
 FACTS = _UNLOCKED + _AMOUNTS + _LOW + _VIEW + _REST
-FACT_INDEX = {name: i for i, name in enumerate(FACTS)}
-SUB_GOAL_INDEX = {name: i for i, name in enumerate(SUB_GOALS)}
 
-# Other words for the same sub-goal, as language models like to put them. Keys are in normal form (`normalise`).
-_ALIASES = {
+# Other words for the same sub-goal, as language models like to put them. Keys are in normal form (`Game.normalise`).
+SUB_GOAL_ALIASES = {
     "chop tree": "chop wood, cut tree, cut down tree, chop down tree, collect wood, gather wood, get wood, harvest "
     "wood, harvest tree, collect log, punch tree, chop a tree down, collect tree",
     "place crafting table": "place table, place a workbench, craft a workbench, build workbench, make crafting table, "
@@ -100,7 +102,7 @@ _ALIASES = {
     "survival": "survive, stay alive",
 }
 
-_FACT_ALIASES = {
+FACT_ALIASES = {
     "crafting table in view": "table in view, workbench in view",
     "table in reach": "crafting table in reach, crafting table nearby, table nearby, near table, near crafting table",
     "furnace in reach": "furnace nearby, near furnace",
@@ -119,59 +121,10 @@ _FACT_ALIASES = {
     "unlocked make iron sword": "has iron sword, iron sword, have iron sword",
 }
 
-_FILLER = {"a", "an", "the", "some", "any", "more", "your", "nearby", "nearest", "closest", "to", "please"}
-_PLURALS = {
+WORD_FORMS = {
     "trees": "tree", "cows": "cow", "zombies": "zombie", "skeletons": "skeleton", "stones": "stone",
     "saplings": "sapling", "plants": "plant", "logs": "log", "diamonds": "diamond", "rocks": "rock",
     "tables": "table", "sleeping": "sleep", "drinking": "drink", "chopping": "chop", "mining": "mine",
     "placing": "place", "making": "make", "crafting": "crafting", "eating": "eat", "attacking": "attack",
     "collecting": "collect",
 }  # fmt: skip
-
-
-def normalise(text: str) -> str:
-    """Lower case, words only, fillers and plurals removed: "Chop the Trees!" -> "chop tree"."""
-    words = re.findall(r"[a-z0-9>=]+", text.lower())
-    return " ".join(_PLURALS.get(word, word) for word in words if word not in _FILLER)
-
-
-def _table_of_names(names: tuple[str, ...], aliases: dict[str, str]) -> dict[str, int]:
-    """Normal form -> index, for names and aliases."""
-    table = {}
-    for i, name in enumerate(names):
-        for form in (name, *aliases.get(name, "").split(",")):
-            if form.strip():
-                table.setdefault(normalise(form), i)
-    return table
-
-
-_SUB_GOAL_NAMES = _table_of_names(SUB_GOALS, _ALIASES)
-_FACT_NAMES = _table_of_names(FACTS, _FACT_ALIASES)
-
-
-def sub_goal_index(text: str) -> int | None:
-    """Index into SUB_GOALS of a sub-goal in anybody's words, None if it is none."""
-    return _SUB_GOAL_NAMES.get(normalise(text[:200]))
-
-
-def fact_index(text: str) -> tuple[int, bool] | None:
-    """(index into FACTS, truth) of a fact in anybody's words, "not " or "no " in front of a false one; else None."""
-    form = re.sub(r"\s*(>=|=>)\s*", " >= ", text[:200].lower().replace("≥", ">="))
-    truth = True
-    for negated, positive in ((r"^\s*(?:not|no)\s+", ""), (r"\bnot\s+", ""), (r"\s<\s*(?=\d)", " >= ")):
-        form, changed = re.subn(negated, positive, form)
-        truth ^= changed % 2 == 1
-    index = _FACT_NAMES.get(normalise(form))
-    return None if index is None else (index, truth)
-
-
-def sub_goals_in_text(text: str) -> list[int]:
-    """Basic sub-goals that a free text names literally, in order of appearance, each once."""
-    lowered = text.lower()
-    found = [(m.start(), i) for i, name in enumerate(BASIC_SUB_GOALS) if (m := re.search(rf"\b{name}\b", lowered))]
-    return [i for _, i in sorted(found)]
-
-
-def sub_goals_text(indices: list[int] | tuple[int, ...]) -> str:
-    """The one text form of a set of sub-goals: names in the given order, "none" if empty."""
-    return ", ".join(SUB_GOALS[i] for i in indices) or "none"

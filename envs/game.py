@@ -1,0 +1,139 @@
+"""`Game`: the words of one game, for everybody who speaks about it: adapter, guide, guidance table, logs.
+
+An env has a `game`. Nothing outside a game's own files knows what can be seen, done or advised in it. The glossary in
+docs/rladapter.md explains the terms.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+# Reasons of advice as indices into Game.facts, each with its truth
+Literals = tuple[tuple[int, bool], ...]
+# What the rules of a game advise: indices into Game.sub_goals with their reasons in words, the most urgent first
+Advice = list[tuple[int, tuple[str, ...]]]
+
+MAX_NAME = 200  # characters of a name that are looked at
+FILLER = {"a", "an", "the", "some", "any", "more", "your", "nearby", "nearest", "closest", "to", "please"}
+
+
+@dataclass(frozen=True, eq=False)
+class Game:
+    """Facts, sub-goals and rules of one game.
+
+    Equal to itself only, and hashable, so that an env that holds it can be a static argument of `jax.jit`.
+    """
+
+    name: str
+    """prefix of the game's own tags: <name>/score"""
+    actions: tuple[str, ...]
+    """(A,) the actions in words, for the comprehension score of the paper"""
+    achievements: tuple[str, ...]
+    """what an episode can unlock, with underscores"""
+    facts: tuple[str, ...]
+    """(P,) named booleans about a situation: all that advice may rest on"""
+    sub_goals: tuple[str, ...]
+    """(S,) all that can be advised; first the basic ones, whose detectors the env has, then those without"""
+    num_basic: int
+    """G, how many of the sub-goals are basic"""
+    prompt: str
+    """paragraphs for the guide: what the game is, and its rules"""
+    example: Mapping[str, Sequence[str]]
+    """a reply for the guide's prompt: sub-goals with their reasons"""
+    needs: Mapping[str, tuple[str, ...]]
+    """what the game demands of each basic sub-goal now, as facts; "not " in front of one that must be false"""
+    things: Mapping[str, str]
+    """which thing a sub-goal is about; none for those that need no thing in view"""
+    advise: Callable[[dict[str, bool], Sequence[int]], Advice]
+    """the offline guide `rules`: advice for a situation (the truth of every fact), given the sub-goals that the
+    adapter's analysis names"""
+    sub_goal_aliases: Mapping[str, str] = field(default_factory=dict)
+    """other words for a sub-goal, with commas between them"""
+    fact_aliases: Mapping[str, str] = field(default_factory=dict)
+    """other words for a fact, with commas between them"""
+    word_forms: Mapping[str, str] = field(default_factory=dict)
+    """plurals and the like: a word that is read as another one"""
+
+    @property
+    def basic_sub_goals(self) -> tuple[str, ...]:
+        return self.sub_goals[: self.num_basic]
+
+    @property
+    def composite_sub_goals(self) -> tuple[str, ...]:
+        return self.sub_goals[self.num_basic :]
+
+    @functools.cached_property
+    def fact_numbers(self) -> dict[str, int]:
+        """Index of each fact, by its own name."""
+        return {name: i for i, name in enumerate(self.facts)}
+
+    @functools.cached_property
+    def sub_goal_numbers(self) -> dict[str, int]:
+        """Index of each sub-goal, by its own name."""
+        return {name: i for i, name in enumerate(self.sub_goals)}
+
+    def normalise(self, text: str) -> str:
+        """Lower case, words only, fillers and plurals removed: "Chop the Trees!" -> "chop tree"."""
+        words = re.findall(r"[a-z0-9>=]+", text.lower())
+        return " ".join(self.word_forms.get(word, word) for word in words if word not in FILLER)
+
+    @functools.cached_property
+    def _known_sub_goals(self) -> dict[str, int]:
+        return self._known(self.sub_goals, self.sub_goal_aliases)
+
+    @functools.cached_property
+    def _known_facts(self) -> dict[str, int]:
+        return self._known(self.facts, self.fact_aliases)
+
+    def _known(self, names: tuple[str, ...], aliases: Mapping[str, str]) -> dict[str, int]:
+        """Normal form -> index, for names and aliases."""
+        known: dict[str, int] = {}
+        for i, name in enumerate(names):
+            for form in (name, *aliases.get(name, "").split(",")):
+                if form.strip():
+                    known.setdefault(self.normalise(form), i)
+        return known
+
+    def read_sub_goal(self, text: str) -> int | None:
+        """Index of a sub-goal in anybody's words, None if it is none."""
+        return self._known_sub_goals.get(self.normalise(text[:MAX_NAME]))
+
+    def read_fact(self, text: str) -> tuple[int, bool] | None:
+        """(index, truth) of a fact in anybody's words, "not " or "no " in front of a false one; else None."""
+        form = re.sub(r"\s*(>=|=>)\s*", " >= ", text[:MAX_NAME].lower().replace("≥", ">="))
+        truth = True
+        for negated, positive in ((r"^\s*(?:not|no)\s+", ""), (r"\bnot\s+", ""), (r"\s<\s*(?=\d)", " >= ")):
+            form, changed = re.subn(negated, positive, form)
+            truth ^= changed % 2 == 1
+        index = self._known_facts.get(self.normalise(form))
+        return None if index is None else (index, truth)
+
+    def sub_goals_in_text(self, text: str) -> list[int]:
+        """Basic sub-goals that a free text names literally, in order of appearance, each once."""
+        lowered = text.lower()
+        found = [
+            (match.start(), i)
+            for i, name in enumerate(self.basic_sub_goals)
+            if (match := re.search(rf"\b{re.escape(name)}\b", lowered))
+        ]
+        return [i for _, i in sorted(found)]
+
+    def sub_goals_text(self, indices: Iterable[int]) -> str:
+        """Names in the given order, "none" if empty."""
+        return ", ".join(self.sub_goals[i] for i in indices) or "none"
+
+    def reasons_text(self, care: np.ndarray, situation: np.ndarray) -> list[str]:
+        """Of a situation (P,) the facts cared about (P,) in words, "not " in front of false ones."""
+        return [("" if situation[i] else "not ") + self.facts[i] for i in np.flatnonzero(care)]
+
+    def truths(self, situation: Sequence[bool]) -> dict[str, bool]:
+        """The truth of each fact by its name, from (P,)."""
+        return {name: bool(truth) for name, truth in zip(self.facts, situation, strict=True)}
+
+
+def holds(truths: Mapping[str, bool], reasons: Iterable[str]) -> bool:
+    """Is each of these facts as it is said to be? "not " stands in front of a false one."""
+    return all(truths[text.removeprefix("not ")] != text.startswith("not ") for text in reasons)

@@ -1,0 +1,400 @@
+"""The guidance table: what was asked about, what the guide advised, what came of it.
+
+    pause   questions = table.choose_questions(env, situations)   situations that no advice serves
+            table.store(questions)                                each sub-goal with its reasons: a row
+    step    advised_sub_goals(...)                                one matmul finds the rows that fit
+    update  row_outcomes(...)                                     visits, returns, sub-goals reached
+    phase   table.add_outcomes(outcomes)                          comprehension and trials, per row
+            table.examples("best")                                analyses to tune the adapter on
+
+A row is one piece of *advice*: a sub-goal and its reasons, the facts (true or false) that it rests
+on. It serves every situation that agrees in those facts. A *trial* is an A/B test of one row: its
+advice is withheld from one env in eight. docs/rladapter.md has a glossary.
+
+K rows, P facts, S sub-goals of which G are basic, N envs, T steps, D size of an embedding.
+Sums of shape (K, 2, ...) are for steps WITHOUT and WITH the advice.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from envs.game import Game, Literals
+from llm_client import Question
+from utils import trials
+from utils.comprehension import SCORES, Understood
+from utils.embeddings import make_embedding
+from utils.selection import farthest_first
+from utils.trials import MIN_VISITS, WITH, add_up_visits
+
+OUTCOME_DECAY = 0.9  # what a visit of the phase before still counts: its policy is gone
+MAX_ASKED = 4096  # situations asked about that are remembered
+MAX_ANALYSES = 512  # latest analyses that fine-tuning chooses from
+TOLERANCE = 0  # a row also serves a situation that differs in so many of the facts it rests on
+NEVER = 1e6  # wrong facts of an empty row
+
+
+@dataclass(frozen=True)
+class TableArgs:
+    """Flags of the guidance table."""
+
+    guidance_lookup: Literal["step", "pause"] = "step"
+    """step: advice is looked up at every step; pause: advice is drawn for each env once per phase and kept, as in the
+    paper"""
+    guidance_rows: int = 64
+    """rows of the guidance table, one for each piece of advice"""
+    queries_per_phase: int = 16
+    """questions to the guide at a pause, at most"""
+    trials: bool = True
+    """A/B test of advice: each piece is withheld from 1 in 8 envs, to measure whether it helps"""
+    comprehension: Literal["cosine", "cosine-actions", "binary", "success", "none"] = "cosine"
+    """how well advice was understood. cosine: between embeddings of the sub-goals reached and advised; cosine-actions:
+    of the actions taken, as in the paper; binary: was the advised sub-goal reached; success: share of visits that
+    reached it; none: no score"""
+    embed: str = "hash"
+    """text embedding of the sub-goals' names. hash: needs no model; else a BERT's folder or hub id"""
+
+
+LIMITS = {"guidance_rows": (1, 2**16), "queries_per_phase": (0, 2**16)}
+
+
+# --------------------------------------------------------------------------------------------------
+# On the device
+# --------------------------------------------------------------------------------------------------
+
+
+def pytree(cls: type) -> type:
+    """Makes a class a frozen dataclass that jax can take apart."""
+    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
+
+
+@pytree
+class GuidanceTable:
+    """What the guide said, fixed between two pauses. facts @ weights + offset counts wrong facts."""
+
+    weights: jax.Array  # (P, K) f32, -1: this fact must be true, 1: it must be false, 0: either
+    offset: jax.Array  # (K,) f32, how many facts must be true; NEVER for an empty row
+    goals: jax.Array  # (K, S) bool, one-hot, the advised sub-goal
+    show_probability: jax.Array  # (K,) f32, that an env is given this advice in a phase
+    sub_goal_embeddings: jax.Array  # (S, D) f32
+
+
+@pytree
+class Exposure:
+    """Which envs are given which advice, drawn once per phase."""
+
+    shown: jax.Array  # (N, K) bool
+    pinned: jax.Array  # (N, K) bool, rows that fitted at the pause, for --guidance-lookup pause
+
+
+def draw_exposure(table: GuidanceTable, key: jax.Array, facts: jax.Array) -> Exposure:
+    """Draws who is given what, and finds the rows that fit the facts (N, P) now."""
+    shown = jax.random.uniform(key, (facts.shape[0], len(table.offset))) < table.show_probability
+    return Exposure(shown, fitting_rows(table, facts))
+
+
+def fitting_rows(table: GuidanceTable, facts: jax.Array) -> jax.Array:
+    """Finds the rows whose reasons hold: (N, P) -> (N, K)."""
+    return facts.astype(jnp.float32) @ table.weights + table.offset <= TOLERANCE + 0.5
+
+
+def rows_in_force(args: TableArgs, table: GuidanceTable, exposure: Exposure, facts: jax.Array) -> jax.Array:
+    """Finds the rows that fit at this step, or that fitted at the pause: (N, P) -> (N, K)."""
+    return fitting_rows(table, facts) if args.guidance_lookup == "step" else exposure.pinned
+
+
+def advised_sub_goals(args: TableArgs, table: GuidanceTable, exposure: Exposure, facts: jax.Array) -> jax.Array:
+    """Looks up what each env is advised: (N, P) -> (N, S)."""
+    rows = rows_in_force(args, table, exposure, facts) & exposure.shown
+    return rows.astype(jnp.float32) @ table.goals.astype(jnp.float32) > 0
+
+
+def row_outcomes(
+    args: TableArgs, env: Any, table: GuidanceTable, exposure: Exposure, transitions: Any, returns: jax.Array
+) -> dict[str, jax.Array]:
+    """Adds up what came of each row in one rollout: sums (K, 2, ...) of `utils.trials.add_up_visits`.
+
+    Args:
+        transitions: of T steps and N envs, with facts, action, reached, done
+        returns: (T, N) f32, the env's discounted reward from a step to the end of the rollout. With
+            neither bonus nor value function: both would favour advice that promises more bonus.
+    """
+    done, num_basic = transitions.done, env.game.num_basic
+    fresh = jnp.concatenate([jnp.zeros_like(done[:1]), done[:-1]])  # (T, N), an episode begins
+    action = jax.nn.one_hot(transitions.action, len(env.game.actions))
+    steps = (transitions.facts, transitions.reached, action, returns, fresh)
+
+    goals = table.goals[:, :num_basic].astype(jnp.float32)
+
+    def add_up(shown: jax.Array, pinned: jax.Array, *steps: jax.Array) -> jax.Array:
+        in_force = functools.partial(rows_in_force, args, table, Exposure(shown, pinned))
+        return add_up_visits(in_force, goals, shown, steps)[None]
+
+    # Every device adds up its own envs: they meet once and not at every step.
+    add_up = env.map_over_envs(add_up, (0, 0, *[1] * len(steps)))
+    sums = add_up(exposure.shown, exposure.pinned, *steps).sum(0)
+    names = ("visits", "returns", "squares", "successes", "steps")
+    outcomes = {name: sums[..., i] for i, name in enumerate(names)}
+    return outcomes | {"reached": sums[..., 5 : 5 + num_basic], "actions": sums[..., 5 + num_basic :]}
+
+
+# --------------------------------------------------------------------------------------------------
+# On the host
+# --------------------------------------------------------------------------------------------------
+
+
+def empty_rows(num_rows: int, obs_size: int, game: Game) -> SimpleNamespace:
+    """Makes the arrays of a table without advice. A checkpoint holds all of this namespace."""
+    facts, arms = (num_rows, len(game.facts)), (num_rows, 2)
+    return SimpleNamespace(
+        obs=np.zeros((num_rows, obs_size), np.uint8),  # the situation that was asked about
+        situation=np.zeros(facts, bool),  # its facts
+        care=np.zeros(facts, bool),  # the facts that the advice rests on
+        valid=np.zeros(num_rows, bool),  # False for an empty row
+        goal=np.zeros(num_rows, np.int32),  # the advised sub-goal
+        advice_id=np.zeros(num_rows, np.int64),  # tells advice from the next one in this row
+        times_asked=np.zeros(num_rows, np.int32),  # how often it was asked about again
+        trial=np.zeros(arms),  # sums over phases of difference / variance and of 1 / variance
+        visits=np.zeros(arms),  # from here on: see `row_outcomes`
+        steps=np.zeros(arms),
+        returns=np.zeros(arms),
+        squares=np.zeros(arms),
+        successes=np.zeros(arms),
+        reached=np.zeros((*arms, game.num_basic)),
+        actions=np.zeros((*arms, len(game.actions))),
+    )
+
+
+@dataclass
+class Analysis:
+    """What the adapter once wrote, and the advice that the guide then gave."""
+
+    prompt: str
+    text: str
+    advice: list[list[int]]  # sub-goal, row, advice_id of each piece of advice
+
+
+class HostTable:
+    """The host's table, with all that was said and all that came of it."""
+
+    def __init__(self, args: TableArgs, env: Any):
+        self.args, self.game = args, env.game
+        embedding = make_embedding(args.embed)
+        self.sub_goal_embeddings = embedding.encode(self.game.sub_goals)  # (S, D)
+        self.action_embeddings = embedding.encode(self.game.actions)  # (A, D)
+        self.rows = empty_rows(args.guidance_rows, env.obs_size, self.game)
+        self.asked = np.zeros((MAX_ASKED, len(self.game.facts)), bool)  # situations, a ring
+        self.num_asked = 0
+        self.analyses: list[Analysis] = []  # the latest MAX_ANALYSES
+
+    # ---- for the device
+
+    def for_training(self) -> GuidanceTable:
+        """Makes the device's table: advice on trial is withheld from some envs."""
+        z = self.trial_z()
+        return self._on_device(trials.show_probability(z) if self.args.trials else np.ones(len(z)))
+
+    def for_evaluation(self) -> GuidanceTable:
+        """Makes the device's table with all advice but what has proved harmful."""
+        return self._on_device(self.trial_z() >= -trials.DECIDED_AT_SE)
+
+    def _on_device(self, show_probability: np.ndarray) -> GuidanceTable:
+        rows = self.rows
+        sign = np.where(rows.care, 1.0 - 2.0 * rows.situation, 0.0)
+        offset = (rows.care & rows.situation).sum(1) + NEVER * ~rows.valid
+        return GuidanceTable(
+            weights=jnp.asarray(sign.T, jnp.float32),
+            offset=jnp.asarray(offset, jnp.float32),
+            goals=jnp.asarray(np.arange(len(self.game.sub_goals)) == rows.goal[:, None]),
+            show_probability=jnp.asarray(show_probability, jnp.float32),
+            sub_goal_embeddings=jnp.asarray(self.sub_goal_embeddings),
+        )
+
+    # ---- at a pause
+
+    def fits(self, facts: np.ndarray) -> np.ndarray:
+        """Finds the rows whose reasons hold: (M, P) -> (M, K)."""
+        wrong = (facts[:, None] != self.rows.situation) & self.rows.care
+        return self.rows.valid & ~wrong.any(-1)
+
+    def choose_questions(self, env: Any, situations: dict[str, np.ndarray]) -> list[Question]:
+        """Chooses situations unlike all asked about before, then those whose advice works worst.
+
+        Args:
+            situations: obs (M, O) uint8 and facts (M, P) bool, a sample of all steps of the last phase.
+                Without any (in a run without guidance) there are no questions.
+        """
+        obs, facts, rows = situations["obs"], situations["facts"], self.rows
+        if not len(facts):
+            return []
+        scores = self.comprehension()
+        weights = rows.visits.sum(1) * (1 - np.nan_to_num(scores, nan=1.0))
+        worst = np.argsort(-weights, kind="stable").tolist()
+        most = self.args.queries_per_phase
+        again = [row for row in worst if weights[row] > MIN_VISITS][: most // 4]
+        relevant = rows.care[rows.valid].any(0) if rows.valid.any() else slice(None)
+        asked = self.asked[: self.num_asked]
+        new = farthest_first(facts[:, relevant], asked[:, relevant], most - len(again))
+        questions = [self._question(obs[i], facts[i], scores) for i in new]
+        for row in again:
+            rows.times_asked[row] += 1
+            question = self._question(rows.obs[row], rows.situation[row], scores)
+            questions.append(dataclasses.replace(question, sample=int(rows.times_asked[row])))
+        return [dataclasses.replace(q, caption=env.to_text(q.obs)) for q in questions]
+
+    def _question(self, obs: np.ndarray, facts: np.ndarray, scores: np.ndarray) -> Question:
+        """Makes a question, with the advice that the table has so far, and its mean score."""
+        rows = np.flatnonzero(self.fits(facts[None])[0])
+        known = scores[rows][~np.isnan(scores[rows])]
+        sub_goals = list(dict.fromkeys(self.rows.goal[rows].tolist()))
+        score = float(known.mean()) if len(known) else None
+        return Question(obs.copy(), facts.copy(), sub_goals, score)
+
+    def store(self, questions: list[Question]) -> None:
+        """Writes what the guide advised into rows, and into the questions which rows those are."""
+        for question in questions:
+            if question.advice:
+                self._write(question)
+                self.asked[self.num_asked % MAX_ASKED] = question.situation
+                self.num_asked += 1
+            if question.analysis:
+                ids = self.rows.advice_id
+                advice = [[goal, row, int(ids[row])] for goal, row in question.rows.items()]
+                analysis = Analysis(question.adapter_prompt, question.analysis, advice)
+                self.analyses = [*self.analyses, analysis][-MAX_ANALYSES:]
+
+    def _write(self, question: Question) -> None:
+        """Writes each sub-goal of an answer into a row of its own, unless a row says so already."""
+        for goal, reasons in question.advice:
+            care = self._facts_cared_about(question.situation, reasons)
+            row = self._row_with(goal, care, question.situation)
+            if row is None:
+                row = self._least_used_row(taken=list(question.rows.values()))
+                if row is None:
+                    break  # the table is smaller than this answer
+                advice_id = self.rows.advice_id.max() + 1
+                for array in vars(self.rows).values():
+                    array[row] = 0
+                self.rows.obs[row], self.rows.situation[row] = question.obs, question.situation
+                self.rows.care[row], self.rows.goal[row] = care, goal
+                self.rows.valid[row], self.rows.advice_id[row] = True, advice_id
+            question.rows[goal] = row
+        question.because = [self.reasons_text(row) for row in question.rows.values()]
+
+    def reasons_text(self, row: int) -> list[str]:
+        """Returns what a row's advice rests on, in words."""
+        return self.game.reasons_text(self.rows.care[row], self.rows.situation[row])
+
+    def _facts_cared_about(self, situation: np.ndarray, reasons: Literals) -> np.ndarray:
+        """Drops reasons that do not hold in the situation (P,). With none left all facts count."""
+        care = np.zeros(len(situation), bool)
+        care[[index for index, truth in reasons if situation[index] == truth] or slice(None)] = True
+        return care
+
+    def _row_with(self, goal: int, care: np.ndarray, situation: np.ndarray) -> int | None:
+        """Finds the row that gives this advice already."""
+        rows = self.rows
+        same = (rows.care == care).all(1) & (((rows.situation ^ situation) & care).sum(1) == 0)
+        same &= rows.valid & (rows.goal == goal)
+        return int(same.argmax()) if same.any() else None
+
+    def _least_used_row(self, taken: list[int]) -> int | None:
+        """Finds a row to write into: an empty one first, then the one used least."""
+        use = np.where(self.rows.valid, 1 + self.rows.visits.sum(1), 0.0)
+        use[taken] = np.inf
+        row = int(use.argmin())
+        return None if row in taken else row
+
+    # ---- after a phase
+
+    def add_outcomes(self, outcomes: dict[str, Any]) -> None:
+        """Folds in one phase's sums (`row_outcomes`); older ones fade."""
+        sums = {name: np.asarray(value, np.float64) for name, value in outcomes.items()}
+        self.rows.trial *= OUTCOME_DECAY
+        if sums:
+            self.rows.trial += trials.phase_trial(sums)
+        for name, value in sums.items():
+            array = getattr(self.rows, name)
+            array *= OUTCOME_DECAY
+            array += value
+
+    def trial_z(self) -> np.ndarray:
+        """Returns (K,) standard errors by which the return with advice leads that without it."""
+        return trials.trial_z(self.rows.trial)
+
+    def comprehension(self) -> np.ndarray:
+        """Returns (K,) how well advice was understood, 0 to 1; NaN where it was never given."""
+        rows, names = self.rows, self.sub_goal_embeddings
+        understood = Understood(
+            visits=rows.visits[:, WITH],
+            successes=rows.successes[:, WITH],
+            reached=rows.reached[:, WITH],
+            actions=rows.actions[:, WITH],
+            advice=names[rows.goal],
+            sub_goal_names=names[: self.game.num_basic],
+            action_names=self.action_embeddings,
+        )
+        score = SCORES[self.args.comprehension](understood)
+        return np.where(rows.steps[:, WITH] > 0, score, np.nan)
+
+    def examples(self, sft_data: str) -> list[tuple[str, str]]:
+        """Chooses (prompt, analysis) pairs to fine-tune the adapter on.
+
+        all: every analysis, as in the reference. best: those that named a sub-goal which the guide
+        then advised, in advice that has won its trial.
+        """
+        rows, won = self.rows, self.rows.valid & (self.trial_z() > trials.DECIDED_AT_SE)
+        winners = set(rows.advice_id[won].tolist())
+        chosen = set()
+        for analysis in self.analyses:
+            named = self.game.sub_goals_in_text(analysis.text)
+            useful = any(goal in named and i in winners for goal, _, i in analysis.advice)
+            if sft_data == "all" or useful:
+                chosen.add((analysis.prompt, analysis.text))
+        return sorted(chosen)
+
+    def outcome_lines(self, outcomes: dict[str, Any]) -> list[dict[str, Any]]:
+        """Makes a line of outcomes.jsonl for each row and arm that was used in this phase."""
+        scores, lines = self.comprehension(), []
+        for line in trials.arm_lines(outcomes):
+            row = line["row"]
+            lines.append({
+                **line,
+                "sub_goal": self.game.sub_goals[self.rows.goal[row]],
+                "because": self.reasons_text(row),
+                "reached": {self.game.sub_goals[goal]: n for goal, n in line["reached"].items()},
+                "comprehension": None if np.isnan(scores[row]) else float(scores[row]),
+            })  # fmt: skip
+        return lines
+
+    def metrics(self) -> dict[str, float | None]:
+        """Returns what the table is worth, each row counted by its visits."""
+        scores, z, visits = self.comprehension(), self.trial_z(), self.rows.visits[:, WITH]
+        weights, total = np.where(np.isnan(scores), 0, visits), float(visits.sum())
+        score, successes = (np.nan_to_num(scores) * weights).sum(), self.rows.successes[:, WITH].sum()
+        return {
+            "guidance/comprehension": float(score / weights.sum()) if weights.sum() else None,
+            "guidance/goal_success": float(successes) / total if total else None,
+            "guidance/rows": int(self.rows.valid.sum()),
+            "guidance/trials_decided": int((np.abs(z) > trials.DECIDED_AT_SE).sum()),
+            "guidance/trials_won": int((z > trials.DECIDED_AT_SE).sum()),
+        }
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Returns what a checkpoint must hold: arrays, and the rest as JSON has it."""
+        analyses = [dataclasses.asdict(analysis) for analysis in self.analyses]
+        rest = {"num_asked": self.num_asked, "analyses": analyses}
+        return vars(self.rows) | {"asked": self.asked}, rest
+
+    def load_state(self, arrays: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
+        """Takes what `state` gave."""
+        arrays = {name: np.array(value) for name, value in arrays.items()}
+        self.asked, self.num_asked = arrays.pop("asked"), rest["num_asked"]
+        self.rows = SimpleNamespace(**arrays)
+        self.analyses = [Analysis(**analysis) for analysis in rest["analyses"]]

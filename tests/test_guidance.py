@@ -1,0 +1,394 @@
+"""The guidance table: lookup, rows, questions, answers, outcomes, trials, comprehension, examples."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import guidance
+import llm_client
+import rladapter_adapter
+import rladapter_ppo as rl
+from envs.crafter import CRAFTER
+from envs.crafter.vocabulary import FACTS, NUM_BASIC, SUB_GOALS
+from envs.toy import TOY as TOY_GAME
+from guidance import HostTable, TableArgs
+from utils import trials
+from utils.trials import CONTROL_SHARE, DECIDED_AT_SE, WITH
+
+ARGS = TableArgs(guidance_rows=8, queries_per_phase=4)
+FACT, GOAL = CRAFTER.fact_numbers, CRAFTER.sub_goal_numbers
+EMPTY_TREE = ["tree in view"]
+TREE = {"chop tree": [("tree in view", True)]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """Of an env what the table needs: its words."""
+
+    game = CRAFTER
+    obs_size = 2
+
+    def to_text(self, obs):
+        return f"a caption of {obs.tolist()}"
+
+    def map_over_envs(self, function, axes):
+        return function
+
+
+def table_of(**changes):
+    return HostTable(dataclasses.replace(ARGS, **changes), Words())
+
+
+def situation_of(names):
+    return np.isin(np.arange(len(FACTS)), [FACT[name] for name in names])
+
+
+def question_about(names, obs=(0, 0)):
+    return llm_client.Question(np.array(obs, np.uint8), situation_of(names), [], None)
+
+
+def store(table, names, advice):
+    """advice: {sub-goal: [(fact, truth), ...]}; the rows it went to"""
+    question = question_about(names)
+    question.advice = tuple(
+        (GOAL[goal], tuple((FACT[fact], truth) for fact, truth in reasons)) for goal, reasons in advice.items()
+    )
+    table.store([question])
+    return list(question.rows.values())
+
+
+# ---- lookup
+
+
+def advised(host_table, *situations):
+    """Names of the sub-goals that the device advises in each situation, all advice shown."""
+    table, facts = host_table.for_evaluation(), jnp.asarray(np.stack([situation_of(s) for s in situations]))
+    exposure = guidance.draw_exposure(table, jax.random.key(0), facts)
+    found = np.asarray(guidance.advised_sub_goals(ARGS, table, exposure, facts))
+    return [{SUB_GOALS[i] for i in np.flatnonzero(row)} for row in found]
+
+
+def test_advice_serves_every_state_that_shares_the_facts_it_rests_on():
+    table = table_of()
+    store(table, ["tree in view", "dark"], {"chop tree": [("tree in view", True), ("wood >= 1", False)]})
+    assert advised(table, ["tree in view"], ["tree in view", "coal in view"]) == [{"chop tree"}] * 2
+    assert advised(table, ["tree in view", "wood >= 1"], ["dark"]) == [set()] * 2
+
+
+def test_the_tolerance_is_in_wrong_facts(monkeypatch):
+    table = table_of()
+    store(table, ["tree in view"], {"chop tree": [("tree in view", True), ("wood >= 1", False)]})
+    situations = (["tree in view", "wood >= 1"], ["wood >= 1"])
+    for tolerance, expected in ((0, [set(), set()]), (1, [{"chop tree"}, set()]), (2, [{"chop tree"}] * 2)):
+        monkeypatch.setattr(guidance, "TOLERANCE", tolerance)
+        assert advised(table, *situations) == expected
+
+
+def test_all_advice_that_fits_is_given():
+    table = table_of()
+    store(table, ["tree in view", "dark"], TREE | {"sleep": [("dark", True)]})
+    assert advised(table, ["tree in view", "dark"], ["tree in view"], []) == [
+        {"chop tree", "sleep"},
+        {"chop tree"},
+        set(),
+    ]
+
+
+def test_device_and_host_agree_on_what_fits():
+    table, rng = table_of(), np.random.default_rng(0)
+    for goal in SUB_GOALS[:8]:
+        facts = rng.random(len(FACTS)) < 0.5
+        reasons = [(FACTS[i], bool(facts[i])) for i in rng.choice(len(FACTS), 2, replace=False)]
+        store(table, [FACTS[i] for i in np.flatnonzero(facts)], {goal: reasons})
+    facts = rng.random((64, len(FACTS))) < 0.5
+    host = [{SUB_GOALS[g] for g in table.rows.goal[row]} for row in table.fits(facts)]
+    assert host == advised(table, *[[FACTS[i] for i in np.flatnonzero(f)] for f in facts])
+    assert 0 < sum(map(len, host)) < 64 * 8
+
+
+def test_an_empty_table_guides_nobody():
+    assert advised(table_of(), EMPTY_TREE, []) == [set(), set()]
+
+
+# ---- rows
+
+
+def test_the_same_advice_takes_one_row():
+    table = table_of()
+    first = store(table, EMPTY_TREE, TREE)
+    assert store(table, [*EMPTY_TREE, "dark"], TREE) == first and table.rows.valid.sum() == 1
+    assert store(table, EMPTY_TREE, {"sleep": TREE["chop tree"]}) != first
+    store(table, [], {"chop tree": [("tree in view", False)]})
+    assert table.rows.valid.sum() == 3
+
+
+def test_reasons_that_are_not_so_are_dropped_and_no_reasons_mean_all_facts():
+    table = table_of()
+    advice = {"chop tree": [("tree in view", True), ("dark", True)], "sleep": [("dark", True)]}
+    store(table, EMPTY_TREE, advice)
+    assert np.flatnonzero(table.rows.care[0]).tolist() == [FACT["tree in view"]]
+    assert table.rows.care[1].all()
+
+
+def test_a_full_table_gives_up_the_row_that_is_used_least():
+    table = table_of()
+    for row in range(8):
+        assert store(table, [FACTS[row]], {"chop tree": []}) == [row]
+    table.rows.visits[:, 1] = [9, 8, 1, 7, 6, 5, 4, 3]
+    assert store(table, ["dark"], {"sleep": []}) == [2]
+    assert table.rows.valid.all() and table.rows.visits[2].sum() == 0
+    many = {goal: [("dark", True)] for goal in SUB_GOALS[:12]}
+    assert len(store(table, ["dark"], many)) == 8  # an answer larger than the table
+
+
+def test_arrays_that_were_assigned_are_saved_and_come_back():
+    """A `__getattr__` over a dict of arrays once let an assignment make an attribute that no checkpoint saw."""
+    table, other = table_of(), table_of()
+    store(table, EMPTY_TREE, TREE)
+    table.rows.visits = table.rows.visits + 7
+    arrays, rest = table.state()
+    assert (arrays["visits"] == 7).all()
+    other.load_state(arrays, json.loads(json.dumps(rest)))
+    for name, array in table.state()[0].items():
+        np.testing.assert_array_equal(other.state()[0][name], array)
+    assert other.num_asked == 1 and advised(other, EMPTY_TREE) == [{"chop tree"}]
+
+
+# ---- outcomes and trials
+
+
+def test_outcomes_count_visits_returns_at_entry_and_what_was_reached():
+    """Two envs, four steps; the row fits where a tree is in view; it is withheld from the second env."""
+    host_table = table_of()
+    (row,) = store(host_table, EMPTY_TREE, TREE)
+    trees = jnp.array([[0, 0], [1, 1], [1, 0], [0, 1]]).astype(bool)
+    facts = jnp.zeros((4, 2, len(FACTS)), bool).at[..., FACT["tree in view"]].set(trees)
+    reached = jnp.zeros((4, 2, NUM_BASIC), bool).at[1, 0, 0].set(True).at[2, 0, 0].set(True).at[2, 1, 0].set(True)
+    zeros = jnp.zeros((4, 2))
+    t = rl.Transition(
+        obs=zeros, facts=facts, advised=zeros, action=jnp.ones((4, 2), jnp.int32), log_prob=zeros, value=zeros,
+        reward=zeros + 9.0, env_reward=jnp.array([[5.0, 0.0], [1.0, 2.0], [0.0, 0.0], [4.0, 8.0]]),
+        done=jnp.zeros((4, 2), bool), reached=reached,
+    )  # fmt: skip
+    table = host_table.for_training()
+    exposure = guidance.draw_exposure(table, jax.random.key(0), facts[0])
+    exposure = dataclasses.replace(exposure, shown=jnp.tile(jnp.array([[True], [False]]), (1, 8)))
+    args = rl.Args(gamma=0.5, table=ARGS)
+
+    def outcomes(transitions):
+        agent = rl.Agent(Words(), None, rl.AdviceContext)
+        found = rl.AdviceContext.outcomes(args, agent, table, exposure, transitions)
+        return {name: np.asarray(v)[row] for name, v in found.items()}
+
+    out = outcomes(t)
+    assert out["visits"].tolist() == [2, 1] and out["steps"].tolist() == [2, 2]  # [without, with]
+    assert out["returns"].tolist() == [2 + 8 / 4 + 8, 1 + 4 / 4]  # environment's reward, no bonus, no value
+    assert out["squares"].tolist() == [16 + 64, 4]
+    assert out["successes"].tolist() == [0, 1]  # once a visit; the other env reached it outside
+    assert out["reached"][1, 0] == 2 and out["reached"].sum() == 2 and out["actions"][:, 1].tolist() == [2, 2]
+    ended = dataclasses.replace(t, done=t.done.at[1, 0].set(True))
+    assert outcomes(ended)["visits"].tolist() == [2, 2]  # a new episode in the same situation is a new visit
+
+
+def with_outcomes(visits, means, variances):
+    """A table of one row after a phase with these visits, mean returns and variances: [without, with]."""
+    table = table_of()
+    store(table, EMPTY_TREE, TREE)
+    table.add_outcomes(phase_sums(visits, means, variances))
+    return table
+
+
+def phase_sums(visits, means, variances):
+    sums = {name: np.zeros((8, 2)) for name in ("visits", "returns", "squares", "successes", "steps")}
+    sums |= {"reached": np.zeros((8, 2, NUM_BASIC)), "actions": np.zeros((8, 2, len(CRAFTER.actions)))}
+    sums["visits"][0], sums["returns"][0] = visits, np.array(visits) * means
+    sums["squares"][0] = np.array(visits) * (np.array(variances) + np.array(means) ** 2)
+    return sums
+
+
+@pytest.mark.parametrize(
+    ("visits", "means", "show", "kept"),
+    [
+        ([100, 100], [1.0, 2.0], 1.0, True), ([100, 100], [2.0, 1.0], CONTROL_SHARE, False),
+        ([5, 100], [1.0, 9.0], 1 - CONTROL_SHARE, True), ([100, 100], [1.0, 1.1], 1 - CONTROL_SHARE, True),
+        ([100, 5], [9.0, 1.0], 1 - CONTROL_SHARE, True),
+    ],
+)  # fmt: skip
+def test_advice_is_judged_only_with_enough_visits_and_a_clear_lead(visits, means, show, kept):
+    table = with_outcomes(visits, means, [1.0, 1.0])
+    assert float(table.for_training().show_probability[0]) == pytest.approx(show)
+    assert bool(table.for_evaluation().show_probability[0]) == kept
+
+
+def test_evidence_is_gathered_over_phases_and_by_hand():
+    table = with_outcomes([20, 20], [1.0, 1.5], [1.0, 1.0])
+    assert table.trial_z()[0] == pytest.approx(0.5 / np.sqrt(0.1), rel=1e-6)
+    for _ in range(5):
+        table.add_outcomes(phase_sums([20, 20], [1.0, 1.5], [1.0, 1.0]))
+    assert table.trial_z()[0] > DECIDED_AT_SE
+    assert table.metrics()["guidance/trials_decided"] == table.metrics()["guidance/trials_won"] == 1
+
+
+def test_advice_that_helps_is_not_condemned_because_returns_grow_while_it_is_withheld():
+    """It happened: early phases show it to most envs, late ones, when returns are higher, to few."""
+    table = with_outcomes([20, 140], [0.5, 0.6], [1.0, 1.0])
+    for _ in range(4):
+        table.add_outcomes(phase_sums([140, 20], [2.0, 2.1], [1.0, 1.0]))
+    pooled = table.rows.returns[0] / table.rows.visits[0]
+    assert pooled[1] < pooled[0] and table.trial_z()[0] > 0
+
+
+def test_without_trials_all_advice_is_shown():
+    assert (np.asarray(table_of(trials=False).for_training().show_probability) == 1).all()
+    assert not (np.asarray(table_of().for_training().show_probability) == 1).any()
+
+
+@pytest.mark.parametrize(("analysis", "expected"), [("It should chop tree.", 1), ("It should sleep.", 0)])
+def test_the_adapter_learns_from_what_it_named_and_what_won(analysis, expected):
+    table = with_outcomes([100, 100], [1.0, 2.0], [1.0, 1.0])
+    advice = [[GOAL["chop tree"], 0, int(table.rows.advice_id[0])]]
+    table.analyses = [guidance.Analysis("prompt", analysis, advice)]
+    assert table.examples("best") == [("prompt", analysis)] * expected
+    table.rows.trial[0, 0] *= -1  # now it lost
+    assert table.examples("best") == [] and table.examples("all") == [("prompt", analysis)]
+
+
+def test_advice_in_a_row_that_was_overwritten_wins_nothing():
+    table = with_outcomes([100, 100], [1.0, 2.0], [1.0, 1.0])
+    table.analyses = [guidance.Analysis("prompt", "Chop tree.", [[GOAL["chop tree"], 0, 1]])]
+    assert table.examples("best")
+    table.rows.advice_id[0] = 2  # another piece of advice stands there now
+    assert not table.examples("best")
+
+
+def test_tuning_the_adapter_gives_the_examples_to_the_log():
+    metrics, lines = rl.tune_adapter(rl.Args(), rladapter_adapter.NoAdapter(), [("a", "b")], jax.random.key(0))
+    assert lines == [{"prompt": "a", "response": "b"}] and metrics == {"adapter/cut_prompts": 0}
+
+
+def test_comprehension_scores():
+    table = with_outcomes([0, 10], [0.0, 0.0], [1.0, 1.0])
+    table.rows.steps[0, WITH] = 10
+    table.rows.reached[0, WITH, GOAL["chop tree"]] = 10
+    table.rows.successes[0, WITH] = 5
+
+    def score(name):
+        table.args = dataclasses.replace(ARGS, comprehension=name)
+        return table.comprehension()
+
+    low, high = 1 / (1 + np.exp(1)), 1 / (1 + np.exp(-9))  # cosine 0 and 1
+    assert score("cosine")[0] == pytest.approx((low + high) / 2, abs=1e-4)
+    assert score("binary")[0] == 1 and score("success")[0] == 0.5
+    assert np.isnan(score("none")).all() and all(np.isnan(score(name)[1:]).all() for name in guidance.SCORES)
+    table.rows.actions[0, WITH, :3] = [3, 0, 1]
+    assert 0 < score("cosine-actions")[0] < 1
+    before = score("cosine")[0]
+    table.rows.reached[0, WITH] = np.roll(table.rows.reached[0, WITH], 7)
+    assert score("cosine")[0] < before
+
+
+# ---- questions
+
+
+def choose(table, *situations):
+    facts = np.stack([situation_of(s) for s in situations])
+    return table.choose_questions(Words(), {"obs": np.zeros((len(facts), 2), np.uint8), "facts": facts})
+
+
+def test_questions_go_to_the_situations_most_unlike_those_asked_about():
+    table = table_of()
+    because = [(name, False) for name in ("water in view", "dark", "coal in view")] + [("tree in view", True)]
+    store(table, EMPTY_TREE, {"chop tree": because})
+    near, far = ["tree in view", "dark"], ["water in view", "dark", "coal in view"]
+    questions = choose(table, EMPTY_TREE, near, near, near, far, [*EMPTY_TREE, "asleep"])
+    assert [set(np.flatnonzero(q.situation)) for q in questions] == [
+        {FACT[n] for n in far},
+        {FACT[n] for n in near},
+    ]
+    assert questions[0].sub_goals == [] and questions[0].comprehension is None
+    assert questions[0].caption == "a caption of [0, 0]"
+    table.args = dataclasses.replace(ARGS, queries_per_phase=1)
+    assert len(choose(table, near, far)) == 1
+    table.args = ARGS
+    store(table, near, {"chop tree": because})
+    store(table, far, {"chop tree": because})
+    assert choose(table, EMPTY_TREE, near, far) == []
+
+
+def test_of_situations_as_unlike_the_most_frequent_comes_first():
+    questions = choose(table_of(queries_per_phase=1), ["dark"], ["asleep"], ["asleep"])
+    assert np.flatnonzero(questions[0].situation).tolist() == [FACT["asleep"]]
+
+
+def test_frequent_advice_that_is_not_understood_is_asked_about_again_with_its_score():
+    table = with_outcomes([0, 1000], [0.0, 1.0], [1.0, 1.0])
+    table.rows.steps[0, WITH] = 2000
+    (again,) = choose(table, EMPTY_TREE)
+    assert again.sub_goals == [GOAL["chop tree"]] and again.sample == 1
+    assert again.comprehension == pytest.approx(1 / (1 + np.e))
+    assert choose(table, EMPTY_TREE)[0].sample == 2
+    table.rows.reached[0, WITH, 0] = table.rows.successes[0, WITH] = 1000
+    assert choose(table, EMPTY_TREE) == []
+
+
+def test_without_situations_nothing_is_asked():
+    nothing = {"obs": np.zeros((0, 2), np.uint8), "facts": np.zeros((0, len(FACTS)), bool)}
+    assert table_of().choose_questions(Words(), nothing) == []
+
+
+# ---- answers
+
+
+class FixedGuide(llm_client.Guide):
+    name = "fixed"
+
+    def __init__(self, *replies):
+        super().__init__(CRAFTER)
+        self.replies = replies
+
+    def complete(self, questions):
+        return list(self.replies[: len(questions)])
+
+
+def answer(table, guide, *questions):
+    pause = guide.ask(list(questions))
+    table.store(pause.wait())
+    return [question.log_line(CRAFTER, guide.name) for question in questions], pause.metrics()
+
+
+def test_a_reply_that_cannot_be_used_leaves_the_table_as_it_was_and_is_counted():
+    table = table_of()
+    store(table, EMPTY_TREE, TREE)
+    before = {name: np.copy(value) for name, value in table.state()[0].items()}
+    guide = FixedGuide(llm_client.Reply(text="I can't help with that."), llm_client.Reply(error="503", calls=1))
+    log, metrics = answer(table, guide, question_about(EMPTY_TREE), question_about(["dark"]))
+    assert metrics["llm/failures"] == 2 and metrics["guidance/valid_replies"] == 0 and all(r["error"] for r in log)
+    for name, value in table.state()[0].items():
+        np.testing.assert_array_equal(value, before[name])
+    json.dumps(log)
+
+
+def test_an_answer_goes_from_the_guide_into_the_table():
+    table = table_of()
+    reply = llm_client.Reply(text='{"sub_goals": {"chop tree": ["tree in view"]}}', calls=1, prompt_tokens=7)
+    log, metrics = answer(table, FixedGuide(reply), question_about([*EMPTY_TREE, "dark"]))
+    assert advised(table, EMPTY_TREE, ["dark"]) == [{"chop tree"}, set()]
+    assert metrics["llm/calls"] == 1 and metrics["llm/prompt_tokens"] == 7 and metrics["llm/failures"] == 0
+    assert log[0]["sub_goals"] == ["chop tree"] and log[0]["because"] == [["tree in view"]] and log[0]["rows"] == [0]
+    assert log[0]["situation"] == ["tree in view", "dark"]
+
+
+def test_two_games_live_in_one_process():
+    """Sub-goals and facts were once globals of one module."""
+    assert TOY_GAME.read_fact("tree in view") == (0, True) and CRAFTER.read_fact("tree in view")[0] > 0
+    assert TOY_GAME.read_sub_goal("drink from the lake") == 1
+    assert CRAFTER.read_sub_goal("mine diamond") is not None and TOY_GAME.read_sub_goal("mine diamond") is None
+
+
+def test_undecided_trials_withhold_from_the_control_share():
+    z = np.array([-9.0, 0.0, 9.0])
+    assert trials.show_probability(z).tolist() == [CONTROL_SHARE, 1 - CONTROL_SHARE, 1.0]

@@ -1,0 +1,58 @@
+"""The command line: flags with large numbers, errors in one line, exit codes."""
+
+import math
+import re
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import tyro
+
+EXIT_BAD_INPUT = 2
+MAX_ERROR_LINE = 300  # characters
+
+
+def read_big_int(word: str) -> int:
+    """An int, also in the form 1e6. Raises ValueError for anything else."""
+    if re.fullmatch(r"[+-]?\d+", word):
+        return int(word)
+    value = float(word)
+    if not value.is_integer():
+        raise ValueError(f"{word} is not a whole number")
+    return int(value)
+
+
+# 1e6 is how people write a budget; tyro's int refuses it
+BigInt = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: read_big_int(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+def check_ranges(args: Any, limits: dict[str, tuple[float, float]]) -> None:
+    """Raises ValueError, one line that names the flag, for a number out of its limits. None is no number."""
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and low <= value <= high):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: {value} is out of range; choose {low} to {high}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line that is never empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_ERROR_LINE]
+
+
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Runs a command and returns its exit code, 0 for None. Bad input (ValueError, OSError) is one line and 2."""
+    try:
+        return command() or 0
+    except (ValueError, OSError) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        return EXIT_BAD_INPUT

@@ -1,0 +1,304 @@
+"""Folders in Hugging Face format: finds them, reads and writes their weights, makes tokens of prompts.
+
+    model    config.json  generation_config.json  model.safetensors (or shards)  tokenizer files
+    LoRA     adapter_config.json, which names the base model  adapter_model.safetensors (PEFT's format)
+
+All that knows these formats is here, and nothing here knows who runs the model. A config is a dict. Weights are a dict
+of arrays under our names, those of the L layers stacked on a leading axis; which ones a file must have is passed in as
+`shapes` (our name -> shape). Errors are ValueError with one line that says what is wrong with the folder.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from utils.cli import first_line
+
+ROOT = Path(__file__).parents[1]  # of this repository
+DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+MODEL_TYPES = ("llama", "qwen2", "qwen3")
+CONFIG_NAMES = (  # fields of a config that are used as they are
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",
+)  # fmt: skip
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+# Our name -> Hugging Face's name within a layer
+MODULES = {  # matrices
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+LAYER_TENSORS = {name: f"{module}.weight" for name, module in MODULES.items()} | {
+    "attention_norm": "input_layernorm.weight", "mlp_norm": "post_attention_layernorm.weight",
+    "q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight",
+    "q_bias": "self_attn.q_proj.bias", "k_bias": "self_attn.k_proj.bias", "v_bias": "self_attn.v_proj.bias",
+}  # fmt: skip
+OTHER_TENSORS = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+TRANSPOSED = {*MODULES, "head"}  # torch keeps a dense layer's weight as (out, in); we as (in, out)
+
+
+def import_transformers() -> Any:
+    """Imports transformers late, as it takes two seconds, without its warning that there is no torch.
+
+    Hides torch from it: transformers loads torch where it finds it, which takes longer than all the rest.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    find = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
+    try:
+        import transformers
+    finally:
+        importlib.util.find_spec = find
+    return transformers
+
+
+# ------------------------------------------------------------------------------------------------------- which folder
+
+
+def find_folder(source: str | Path) -> Path:
+    """Returns a model folder: a path, a path within this repository, or what a hub id (owner/name) downloads to."""
+    for folder in (Path(source).expanduser(), ROOT / source):
+        if folder.is_dir():
+            return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
+        raise ValueError(f"there is no folder {source}; give a Hugging Face model folder or a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=DOWNLOADED))
+    except Exception as error:  # no network, no such model, no access: the hub has an error class for each
+        raise ValueError(f"there is no folder {source}, nor can it be had from the hub: {first_line(error)}") from None
+
+
+def find_base(source: str | Path, folder: Path) -> tuple[Path, str]:
+    """Returns the base model's folder, given what `find_folder` made of a source, and the base model's name.
+
+    The folder itself, unless it holds LoRA weights. The name is what LoRA folders call their base: a path within this
+    repository, a path, or a hub id.
+    """
+    if (folder / "adapter_config.json").is_file():
+        name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        return find_folder(name), name
+    if folder.resolve().is_relative_to(ROOT):
+        return folder, str(folder.resolve().relative_to(ROOT))
+    return folder, str(folder.resolve()) if Path(source).expanduser().is_dir() else str(source)
+
+
+# ----------------------------------------------------------------------------------------------------- a model folder
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], list[int]]:
+    """Returns the model's shape, as `rladapter_adapter.LmConfig(**shape)` takes it, and the model's end tokens.
+
+    Raises ValueError for architectures that `rladapter_adapter.Decoder` is not.
+    """
+    hf = import_transformers().AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    if hf.model_type not in MODEL_TYPES:
+        raise ValueError(f"its model_type is {hf.model_type!r}, and only {', '.join(MODEL_TYPES)} are supported")
+    if hf.hidden_act != "silu" or getattr(hf, "attention_bias", False) or getattr(hf, "mlp_bias", False):
+        raise ValueError("only hidden_act 'silu' without attention_bias and mlp_bias is supported")
+    if "sliding_attention" in (getattr(hf, "layer_types", None) or ()):
+        raise ValueError("sliding-window attention is not supported")
+    rope = hf.rope_parameters
+    if rope["rope_type"] not in ("default", "llama3"):
+        raise ValueError(f"its rope_type is {rope['rope_type']!r}, and only 'default' and 'llama3' are supported")
+    stretched = rope["rope_type"] == "llama3"
+    shape = {name: getattr(hf, name) for name in CONFIG_NAMES} | {
+        "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        "attention_bias": hf.model_type == "qwen2",
+        "qk_norm": hf.model_type == "qwen3",
+        "rope_theta": float(rope["rope_theta"]),
+        "rope_llama3": tuple(float(rope[key]) for key in LLAMA3_ROPE) if stretched else None,
+    }
+    ends = [hf.eos_token_id]
+    if (folder / "generation_config.json").is_file():
+        ends.append(json.loads((folder / "generation_config.json").read_text()).get("eos_token_id"))
+    ends = [end for some in ends for end in (some if isinstance(some, list) else [some])]
+    return shape, [end for end in ends if end is not None]
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """Returns the tokenizer of transformers."""
+    return import_transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+class Chat:
+    """Makes tokens of prompts, with a system prompt ("": none) and the tokenizer's chat template."""
+
+    def __init__(self, tokenizer: Any, system_prompt: str, use_template: bool = True) -> None:
+        self.tokenizer, self.system_prompt, self.use_template = tokenizer, system_prompt, use_template
+        self.num_cut = 0  # prompts that were too long
+
+    def tokens(self, prompt: str) -> list[int]:
+        """Returns the tokens of a user turn up to where the answer starts, the system prompt first."""
+        turns = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        turns += [{"role": "user", "content": prompt}]
+        if not self.use_template or self.tokenizer.chat_template is None:  # plain text, as base models know it
+            return self.tokenizer.encode("\n\n".join(turn["content"] for turn in turns))
+        settings = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        text = self.tokenizer.apply_chat_template(turns, **settings)
+        return self.tokenizer.encode(text, add_special_tokens=False)  # the template has added them
+
+    def encode(self, prompt: str, room: int) -> list[int]:
+        """Returns at most `room` tokens: a long prompt loses its beginning, never its last line."""
+        tokens = self.tokens(prompt)
+        if len(tokens) <= room:
+            return tokens
+        self.num_cut += 1
+        last_line = prompt.rpartition("\n")[2] if "\n" in prompt else ""
+        content = self.tokenizer.encode(prompt, add_special_tokens=False)
+        while len(tokens) > room:
+            content = content[len(tokens) - room :]
+            rest = self.tokenizer.decode(content, clean_up_tokenization_spaces=False)
+            if not content or not rest.endswith(last_line):
+                raise ValueError(f"the context has no room for the instruction: {room} tokens beside the answer's")
+            tokens = self.tokens(rest)
+        return tokens
+
+
+def tensor_names(shapes: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
+    """Returns Hugging Face's name of each tensor -> (our name, its layer or None)."""
+    names: dict[str, tuple[str, int | None]] = {}
+    for ours, shape in shapes.items():
+        if ours in OTHER_TENSORS:
+            names[OTHER_TENSORS[ours]] = ours, None
+        else:
+            names |= {f"model.layers.{i}.{LAYER_TENSORS[ours]}": (ours, i) for i in range(shape[0])}
+    return names
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files of a model folder, one or several (shards)."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"it has no {name}; a complete Hugging Face model folder is needed")
+    return [folder / name for name in names]
+
+
+def read_params(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
+    """Returns the weights, under our names. Raises ValueError for missing, left-over and misshapen tensors.
+
+    They are f32 on a CPU, where bf16 is slower, and wherever the file has f32; otherwise bf16.
+    """
+    from safetensors import safe_open
+
+    names, params = tensor_names(shapes), {}
+    missing = set(names)
+    for path in checkpoint_files(folder):
+        with safe_open(path, framework="np") as file:
+            for theirs in file.keys():
+                copy_of_tied = theirs == OTHER_TENSORS["head"] and "head" not in shapes
+                if copy_of_tied or theirs.endswith("rotary_emb.inv_freq"):  # some checkpoints carry these for nothing
+                    continue
+                if theirs not in names:
+                    raise ValueError(f"{path.name} has an unknown tensor, {theirs}")
+                value, (ours, layer) = file.get_tensor(theirs), names[theirs]
+                if ours not in params:
+                    wide = jax.default_backend() == "cpu" or value.dtype == np.float32
+                    params[ours] = np.empty(shapes[ours], np.float32 if wide else jnp.bfloat16)
+                target = params[ours] if layer is None else params[ours][layer]
+                if ours in TRANSPOSED:
+                    value = value.T
+                if value.shape != target.shape:
+                    raise ValueError(f"{theirs} is {value.shape}, not {target.shape} as config.json says")
+                target[...] = value
+                missing.discard(theirs)
+    if missing:
+        raise ValueError(f"its safetensors lack {len(missing)} tensors, such as {min(missing)}")
+    return {name: jnp.asarray(value) for name, value in params.items()}
+
+
+def write_params(folder: Path, params: Mapping[str, Any]) -> None:
+    """Writes weights as `read_params` reads them, in one file."""
+    from safetensors.numpy import save_file
+
+    tensors = {}
+    for theirs, (ours, layer) in tensor_names({name: value.shape for name, value in params.items()}).items():
+        value = np.asarray(params[ours] if layer is None else params[ours][layer])
+        tensors[theirs] = np.ascontiguousarray(value.T if ours in TRANSPOSED else value)
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def write_model(folder: Path, base: Path, params: Mapping[str, Any]) -> None:
+    """Writes a whole model folder: these weights, f32, and all other files of the base model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in base.iterdir():
+        if path.suffix in (".json", ".txt", ".model", ".jinja") and "safetensors" not in path.name:
+            shutil.copyfile(path, folder / path.name)
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_params(folder, {name: np.asarray(value, np.float32) for name, value in params.items()})
+
+
+# ------------------------------------------------------------------------------------------------------ a LoRA folder
+
+
+def lora_names(targets: tuple[str, ...], num_layers: int) -> dict[str, tuple[str, int]]:
+    """Returns PEFT's name of each factor -> (our name, its layer). Ours are q_a, q_b and the like."""
+    return {
+        f"base_model.model.model.layers.{i}.{MODULES[target]}.lora_{part.upper()}.weight": (f"{target}_{part}", i)
+        for i in range(num_layers) for target in targets for part in "ab"
+    }  # fmt: skip
+
+
+def read_lora(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """Returns settings, as `rladapter_adapter.LoraConfig(**settings)` takes them, and factors A (L, in, rank) and B
+    (L, rank, out). Raises ValueError for what does not fit the base model, whose `shapes` are given."""
+    from safetensors.numpy import load_file
+
+    peft = json.loads((folder / "adapter_config.json").read_text())
+    modules = {module.split(".")[1]: ours for ours, module in MODULES.items()}
+    if peft.get("peft_type") != "LORA" or not set(peft["target_modules"]) <= set(modules) or peft.get("use_dora"):
+        raise ValueError("only plain LoRA on attention and MLP projections is supported")
+    targets = tuple(ours for module, ours in modules.items() if module in peft["target_modules"])
+    rank = peft["r"]
+    settings = {"rank": rank, "alpha": peft["lora_alpha"], "dropout": peft["lora_dropout"], "targets": targets}
+    factors = {}
+    for target in targets:
+        num, inputs, outputs = shapes[target]
+        factors[f"{target}_a"] = np.empty((num, inputs, rank), np.float32)
+        factors[f"{target}_b"] = np.empty((num, rank, outputs), np.float32)
+    tensors, names = load_file(str(folder / "adapter_model.safetensors")), lora_names(targets, shapes["q"][0])
+    if set(names) != set(tensors):
+        odd = min(set(names) ^ set(tensors))
+        raise ValueError(f"adapter_model.safetensors does not fit the base model: {odd} is missing or unknown")
+    for theirs, (ours, layer) in names.items():
+        if tensors[theirs].T.shape != factors[ours][layer].shape:
+            raise ValueError(f"{theirs} is {tensors[theirs].shape}, which does not fit the base model")
+        factors[ours][layer] = tensors[theirs].T
+    return settings, {name: jnp.asarray(value) for name, value in factors.items()}
+
+
+def write_lora(folder: Path, settings: Mapping[str, Any], factors: Mapping[str, Any], base_name: str) -> None:
+    """Writes LoRA weights as `read_lora` reads them."""
+    from safetensors.numpy import save_file
+
+    targets = settings["targets"]
+    names = lora_names(targets, len(factors[f"{targets[0]}_a"]))
+    tensors = {
+        theirs: np.ascontiguousarray(np.asarray(factors[ours][layer], np.float32).T)
+        for theirs, (ours, layer) in names.items()
+    }
+    peft = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "bias": "none",
+        "r": settings["rank"], "lora_alpha": settings["alpha"], "lora_dropout": settings["dropout"],
+        "target_modules": [MODULES[target].split(".")[1] for target in targets],
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    (folder / "adapter_config.json").write_text(json.dumps(peft, indent=1) + "\n")

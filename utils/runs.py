@@ -1,0 +1,360 @@
+"""A training: its clocks, progress, checkpoints, Ctrl-C (`Run`), and how it starts from the command line (`launch`)."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from utils import devices, run_folder
+from utils.cli import EXIT_BAD_INPUT, first_line
+from utils.compilation import CompileClock, use_compilation_cache
+from utils.run_folder import Checkpoints, Log, NoLog, to_numpy
+
+EXIT_STOPPED = 130
+Situations = dict[str, np.ndarray]  # obs (M, O) uint8, facts (M, P) bool
+# Metrics that a run adds up over all its sessions: llm/calls is llm_calls in its totals and in summary.json
+TOTALS = ("calls", "cache_hits", "failures", "skipped", "prompt_tokens", "completion_tokens", "cost")
+
+# Flags that summary.json repeats
+SUMMARY_FLAGS = (
+    "seed env_id guidance guidance_lookup guidance_bonus llm llm_model llm_async embed adapter trials sft_every "
+    "sft_data comprehension"
+).split()
+
+
+def launch(main: Callable[[Any, "Run"], Any], args_type: type, check: Callable[[Any], None], argv: list[str]) -> int:
+    """Runs main(args, run) from the command line.
+
+    Returns:
+        0; 2 after one line on stderr for input that can't work (a ValueError before training); 130 after Ctrl-C
+    """
+    args = tyro.cli(args_type, args=argv)
+    with devices.all_or_none():
+        run = None
+        try:
+            if args.resume:
+                args = resumed_args(args_type, args.resume, argv)
+            check(args)
+            use_compilation_cache()
+            if args.distributed:
+                devices.initialize()
+            with Run(args) as run:
+                summary = main(args, run)
+        except ValueError as error:
+            if run is not None and run.log is not None:  # training is under way: a bug, not bad input
+                raise
+            print(f"error: {first_line(error)}", file=sys.stderr)
+            return devices.leave(EXIT_BAD_INPUT)
+        except KeyboardInterrupt:
+            print("stopped at once; what was saved before can be resumed", file=sys.stderr)
+            return devices.leave(EXIT_STOPPED)
+        return report(run, summary)
+
+
+def report(run: "Run", summary: dict[str, Any] | None) -> int:
+    """Prints how a run ended. Returns the exit code."""
+    if run.stopped and devices.is_leader():
+        print(f"stopped; continue with: python {Path(sys.argv[0]).name} --resume {run.folder}")
+    if summary is not None and devices.is_leader():
+        shown = {name: value for name, value in summary.items() if name != "achievements"}
+        print(json.dumps({name: round(v, 2) if isinstance(v, float) else v for name, v in shown.items()}, indent=2))
+        print(f"results: {run.folder}/summary.json   curves: tensorboard --logdir {run.folder}")
+    return EXIT_STOPPED if run.stopped else 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Flags
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def flags(args: Any) -> dict[str, Any]:
+    """Returns the flags by name, those of nested groups among them, as config.json has them."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= flags(value)
+        else:
+            found[field.name] = str(value) if isinstance(value, Path) else value
+    return found
+
+
+def args_from_flags(args_type: type, values: dict[str, Any]) -> Any:
+    """Makes args of `flags`; takes the flags that it uses out of values."""
+    made = {}
+    for name, kind in typing.get_type_hints(args_type).items():
+        if dataclasses.is_dataclass(kind):
+            made[name] = args_from_flags(kind, values)
+        elif name in values:
+            value = values.pop(name)
+            made[name] = Path(value) if value is not None and Path in typing.get_args(kind) else value
+    return args_type(**made)
+
+
+def resumed_args(args_type: type, folder: Path, argv: list[str]) -> Any:
+    """Reads a run's own flags; of those given now only --total-timesteps may differ. Raises ValueError otherwise."""
+    saved = run_folder.read_config(folder)["flags"]
+    odd = sorted(set(saved) ^ set(flags(args_type())))
+    if odd:
+        raise ValueError(
+            f"--resume: {folder} was made by another version of this script (flags that differ: {', '.join(odd)})"
+        )
+    base = args_from_flags(args_type, dict(saved))
+    given = tyro.cli(args_type, args=argv, default=base)
+    now = flags(given)
+    free = ("resume", "total_timesteps", "run_dir")
+    changed = [name for name, value in flags(base).items() if name not in free and now[name] != value]
+    if changed:
+        flag = "--" + changed[0].replace("_", "-")
+        raise ValueError(
+            f"{flag}: a resumed run keeps its flags, only --total-timesteps may change; start anew without --resume"
+        )
+    return dataclasses.replace(given, resume=folder, run_dir=base.run_dir)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A run
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One training's folder, logs, checkpoints, clocks, progress bar, Ctrl-C. Of several processes the leader's writes.
+
+    Reads these flags of args: run_dir, resume, env_id, exp_name, seed, track, save_every, total_steps; and
+    sft.sft_every, whether there are weights of the adapter to save.
+    """
+
+    def __init__(self, args: Any):
+        self.args, self.leads = args, devices.is_leader()
+        self.folder = args.resume or args.run_dir or run_folder.default_folder(args.env_id, args.exp_name, args.seed)
+        if args.track:
+            run_folder.import_wandb()
+        if not args.resume and self.leads:
+            run_folder.check_free(self.folder)
+        self.phase = 0
+        self.totals: dict[str, Any] = {"global_step": 0, "wall_seconds": 0.0, "compile_seconds": 0.0, "llm_queries": 0}
+        self.totals |= {f"llm_{name}": 0 for name in TOTALS} | {"episodes": 0.0, "achievements": 0.0}
+        self.totals["score_all_episodes"] = None
+        self.stop, self.stopped = StopRequest(), False
+        self.console = Console(quiet=not self.leads)
+        self.log: Log | NoLog | None = None  # until training starts
+        self.checkpoints: Checkpoints | None = None
+        self.guide: Any = None
+        self.compile_clock, self.made_at = CompileClock(), time.perf_counter()
+        self.times: dict[str, float] = {}
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Closes what is open, and gives Ctrl-C back."""
+        self.compile_clock.close()
+        self.stop.close()
+        if self.log is not None:
+            self.progress.stop()
+            self.guide.close()
+            self.log.close()
+            if self.checkpoints is not None:
+                self.checkpoints.close()
+
+    def start(
+        self, env: devices.SharedEnv, runner: Any, situations: Situations, table: Any, adapter: Any, guide: Any
+    ) -> tuple[Any, Situations]:
+        """Makes the folder, or reads its newest checkpoint. Raises ValueError, one line, for what can't work.
+
+        Returns:
+            runner and situations to go on with; table, adapter and guide take what was saved
+        """
+        if not self.args.resume and self.leads:
+            config = {"flags": flags(self.args), "argv": sys.argv[1:]}
+            run_folder.create(self.folder, config | run_folder.describe_machine())
+        self.checkpoints = Checkpoints(self.folder) if self.leads else None
+        if self.args.resume:
+            runner, situations = self._restore(env, runner, situations, table, adapter, guide)
+        self.guide, self.log = guide, NoLog()
+        if self.leads:
+            self.log = Log(self.folder, self.args.track, flags(self.args), first_step=self.totals["global_step"])
+        self.setup_seconds = time.perf_counter() - self.made_at
+        self.stop.listen(self.console)
+        status = TextColumn("{task.percentage:>3.0f}%  {task.fields[status]}")
+        columns = TextColumn("{task.description}"), BarColumn(), status, TimeElapsedColumn(), TimeRemainingColumn()
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        done = self.totals["global_step"]
+        self.task = self.progress.add_task("training", total=self.args.total_steps, completed=done, status="")
+        self.progress.start()
+        return runner, situations
+
+    @property
+    def finished(self) -> bool:
+        return self.totals["global_step"] >= self.args.total_steps
+
+    def phases(self) -> Iterator[int]:
+        """Counts the phases that are left. Ends early after Ctrl-C."""
+        while not (self.finished or self.stopped):
+            self.times = {}
+            self.phase_began = time.perf_counter(), self.compile_clock.seconds
+            yield self.phase
+            self.phase += 1
+        self.training_ended = time.perf_counter()
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Counts the seconds of a part of a phase, without those of compilation, as time/<name>."""
+        start, compiled = time.perf_counter(), self.compile_clock.seconds
+        yield
+        seconds = time.perf_counter() - start - (self.compile_clock.seconds - compiled)
+        self.times[f"time/{name}"] = self.times.get(f"time/{name}", 0.0) + seconds
+
+    def due(self, every: int) -> bool:
+        """Is this phase the last of `every`? Never with 0."""
+        return every > 0 and (self.phase + 1) % every == 0
+
+    def add(self, **values: Any) -> None:
+        """Adds to the totals, which are saved with each checkpoint."""
+        for name, value in values.items():
+            self.totals[name] = self.totals[name] + value
+
+    def append(self, name: str, lines: list[dict[str, Any]]) -> None:
+        """Appends lines of this phase to a .jsonl file."""
+        place = {"phase": self.phase, "global_step": self.totals["global_step"]}
+        self.log.append(name, [place | line for line in lines])
+
+    def log_questions(self, questions: list[Any], game: Any) -> None:
+        """Appends the questions of a pause to guidance.jsonl, as soon as they are answered: answers may be paid for."""
+        self.append("guidance.jsonl", [question.log_line(game, self.guide.name) for question in questions])
+        self.add(llm_queries=len(questions))
+
+    def log_phase(self, metrics: dict[str, Any]) -> None:
+        """Writes the metrics of a phase, with its times, and shows how far the run is."""
+        now, (began, compiled) = time.perf_counter(), self.phase_began
+        compile_seconds = self.compile_clock.seconds - compiled
+        self.add(wall_seconds=now - began, compile_seconds=compile_seconds)
+        self.add(**{f"llm_{name}": metrics.get(f"llm/{name}", 0) for name in TOTALS})
+        place = {"phase": self.phase, "global_step": self.totals["global_step"], "charts/SPS": self.steps_per_second}
+        record = place | metrics | self.times | {"time/compile": compile_seconds}
+        self.log.metrics(record)
+        for tag in record:
+            if tag.endswith("/score_all_episodes"):
+                self.totals["score_all_episodes"] = record[tag]
+        status = self._status(record)
+        self.progress.update(self.task, completed=self.totals["global_step"], status=status)
+        if not self.console.is_terminal:  # a bar would show nothing there until the end
+            share = self.totals["global_step"] / self.args.total_steps
+            self.console.print(f"phase {self.phase}  {share:4.0%}  {status}", highlight=False, soft_wrap=True)
+
+    def _status(self, record: dict[str, Any]) -> str:
+        mean_return = record.get("charts/episodic_return")
+        score = next((value for tag, value in record.items() if tag.endswith("/score")), None)
+        learned = "" if mean_return is None else f"return {mean_return:.2f}  score {score:.1f}%  "
+        return f"{learned}{record['charts/SPS']:,.0f} steps/s  {self.totals['llm_calls']} calls"
+
+    @property
+    def steps_per_second(self) -> float:
+        """Returns env steps per second of all sessions, without setting up, compilation and evaluation."""
+        return self.totals["global_step"] / (self.totals["wall_seconds"] - self.totals["compile_seconds"])
+
+    def save_if_due(
+        self, env: devices.SharedEnv, runner: Any, situations: Situations, table: Any, adapter: Any
+    ) -> None:
+        """Writes a checkpoint every few phases, after the last one, and after Ctrl-C. All processes must call it."""
+        self.stopped = bool(devices.from_leader(np.bool_(self.stop.asked))) and not self.finished
+        last = self.stopped or self.finished
+        if not (last or self.due(self.args.save_every)):
+            return
+        arrays, rest = table.state()
+        saved = {"runner": env.to_host(runner), "table": arrays, "adapter": to_numpy(adapter.state())}
+        extra = {"totals": jax.tree.map(_plain, self.totals), "table": rest}
+        if self.leads:
+            self.checkpoints.save(self.phase, saved, situations, extra)
+            if last and self.args.sft.sft_every:
+                self._save_adapter(adapter)
+
+    def _save_adapter(self, adapter: Any) -> None:
+        try:
+            adapter.save(self.folder / "adapter")
+        except OSError as error:
+            print(f"warning: can't write {self.folder / 'adapter'} ({error.strerror})", file=sys.stderr)
+
+    def _restore(
+        self, env: devices.SharedEnv, runner: Any, situations: Situations, table: Any, adapter: Any, guide: Any
+    ) -> tuple[Any, Situations]:
+        """Reads the newest checkpoint. The leader reads, and hands the others what they need."""
+        saved = {"runner": env.to_host(runner), "table": table.state()[0], "adapter": to_numpy(adapter.state())}
+        phase, extra = 0, {}
+        if self.leads:
+            phase, saved, situations, extra = self.checkpoints.restore(saved, situations)
+            table.load_state(saved["table"], extra["table"])
+        phase, extra = devices.json_from_leader((phase, extra))
+        runner = devices.put_like(devices.from_leader(saved["runner"]), runner)
+        adapter.load_state(saved["adapter"])
+        self.totals = {name: np.array(v) if isinstance(v, list) else v for name, v in extra["totals"].items()}
+        self.phase = phase + 1
+        if self.args.llm.llm == "http":  # the phases after it are trained anew, but their calls were made and paid for
+            lost = [line for line in run_folder.read_log(self.folder, "guidance.jsonl") if line["phase"] >= self.phase]
+            for name in ("calls", "cost", "prompt_tokens", "completion_tokens"):
+                self.add(**{f"llm_{name}": sum(line[name] for line in lost)})
+        guide.resume(self.totals["llm_queries"], self.totals["llm_calls"], self.totals["llm_cost"])
+        if self.leads:
+            run_folder.cut_logs(self.folder, self.phase)
+        return runner, situations
+
+    def show_evaluation(self, episodes: int, total: int) -> None:
+        """Shows how far the final evaluation is."""
+        self.progress.update(self.task, description="evaluating", status=f"{episodes} of {total} episodes")
+
+    def finish(self, result: dict[str, Any], in_force: dict[str, Any]) -> dict[str, Any]:
+        """Writes summary.json: the result, the totals, the clocks, the flags that results are sorted by.
+
+        Args:
+            in_force: flags that have another value than the one given
+        """
+        totals = {name: value for name, value in self.totals.items() if name not in ("achievements", "episodes")}
+        clocks = {"setup_seconds": self.setup_seconds, "eval_seconds": time.perf_counter() - self.training_ended}
+        given = flags(self.args) | in_force
+        summary = totals | result | {"SPS": self.steps_per_second}
+        summary |= clocks | {name: given[name] for name in SUMMARY_FLAGS}
+        if self.leads:
+            run_folder.write_summary(self.folder, summary)
+        return summary
+
+
+class StopRequest:
+    """Ctrl-C once: finish the phase, save, stop. Twice: stop at once."""
+
+    def __init__(self) -> None:
+        self.asked, self.before, self.console = False, None, None
+
+    def listen(self, console: Any) -> None:
+        """Takes Ctrl-C over. In a thread that is not the main one Ctrl-C is not ours to take."""
+        self.console = console
+        with contextlib.suppress(ValueError):
+            self.before = signal.signal(signal.SIGINT, self)
+
+    def __call__(self, *_: Any) -> None:
+        if self.asked:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        self.asked = True
+        self.console.print("Stopping after this phase, then saving. Ctrl-C again stops at once.")
+
+    def close(self) -> None:
+        """Gives Ctrl-C back to whoever had it."""
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+
+def _plain(value: Any) -> Any:
+    """A number or a list of numbers, for JSON."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value

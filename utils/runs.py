@@ -192,7 +192,8 @@ class Run:
         columns = TextColumn("{task.description}"), BarColumn(), status, TimeElapsedColumn(), TimeRemainingColumn()
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         done = self.totals["global_step"]
-        self.task = self.progress.add_task("training", total=self.args.total_steps, completed=done, status="")
+        self.task = self.progress.add_task("training", total=self.args.total_steps, completed=done, status="compiling")
+        self.console.print(f"training in {self.folder}; the first phase includes compilation", highlight=False)
         self.progress.start()
         return runner, situations
 

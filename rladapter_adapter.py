@@ -74,8 +74,6 @@ LIMITS = {"sft_every": (0, 10**9), "sft_learning_rate": (0, 10)}
 
 # --------------------------------------------------------------------------------------- the prompt
 
-LIMITS = {"sft_every": (0, 10**9), "sft_learning_rate": (0, 10)}
-
 SYSTEM_PROMPT = (
     "You watch a player who learns to survive in an open world. From the situation and from how well the player "
     "understood the last advice, write a short analysis for the guide who advises the player."

@@ -432,13 +432,13 @@ CONTEXTS = {"full": AdviceContext, "facts": FactsContext, "none": NoContext}
 
 
 def act(
-    args: Args, agent: Agent, params: Pytree, table: GuidanceTable, exposure: Exposure, key: jax.Array, state: Pytree
+    args: Args, agent: Agent, runner: Runner, table: GuidanceTable, exposure: Exposure, key: jax.Array
 ) -> dict[str, jax.Array]:
     """Looks at all envs, looks up what they are advised, asks the policy: the first six fields of `Transition`."""
-    obs = agent.env.observe(state)
+    obs = agent.env.observe(runner.env_state)
     facts = agent.env.facts(obs)
     advised = agent.context.advise(args, table, exposure, facts)
-    logits, value = agent(params, table, obs, advised, facts)
+    logits, value = agent(runner.params, table, obs, advised, facts)
     action = jax.random.categorical(key, logits)
     log_prob = action_log_prob(logits, action)
     seen = {"obs": obs, "facts": facts, "advised": advised}
@@ -446,20 +446,20 @@ def act(
 
 
 def play_step(
-    args: Args, agent: Agent, params: Pytree, table: GuidanceTable, exposure: Exposure, key: jax.Array, state: Pytree
-) -> tuple[Pytree, Transition, jax.Array]:
+    args: Args, agent: Agent, runner: Runner, table: GuidanceTable, exposure: Exposure, key: jax.Array
+) -> tuple[Runner, Transition, jax.Array]:
     """Plays one step of all envs.
 
     Returns:
-        the envs' state; what happened; achievements (N, A) at the end of the step
+        the runner; what happened; achievements (N, A) at the end of the step
     """
     key_action, key_env = jax.random.split(key)
-    seen = act(args, agent, params, table, exposure, key_action, state)
-    state, reward, done, info = agent.env.step(key_env, state, seen["action"])
+    seen = act(args, agent, runner, table, exposure, key_action)
+    env_state, reward, done, info = agent.env.step(key_env, runner.env_state, seen["action"])
     paid = seen["advised"][..., : agent.env.game.num_basic] | agent.context.rewards_anything
     bonus = args.bonus * (info["worked"] & paid).sum(-1)
     transition = Transition(**seen, reward=reward + bonus, env_reward=reward, done=done, reached=info["reached"])
-    return state, transition, info["achievements"]
+    return dataclasses.replace(runner, env_state=env_state), transition, info["achievements"]
 
 
 def rollout(
@@ -474,16 +474,13 @@ def rollout(
     key, key_refill, key_steps = jax.random.split(runner.key, 3)
 
     def step(carry: Runner, key_step: jax.Array) -> tuple[Runner, tuple[Transition, dict[str, jax.Array]]]:
-        state, transition, achievements = play_step(
-            args, agent, carry.params, table, exposure, key_step, carry.env_state
-        )
+        carry, transition, achievements = play_step(args, agent, carry, table, exposure, key_step)
         episode = {
             "episodic_return": carry.episodic_return + transition.env_reward,
             "episodic_length": carry.episodic_length + 1,
         }
         begun = {name: jnp.where(transition.done, 0, value) for name, value in episode.items()}
-        carry = dataclasses.replace(carry, env_state=state, **begun)
-        return carry, (transition, episode | {"achievements": achievements})
+        return dataclasses.replace(carry, **begun), (transition, episode | {"achievements": achievements})
 
     runner, (transitions, episodes) = jax.lax.scan(step, runner, jax.random.split(key_steps, args.num_steps))
     env_state = agent.env.refill(key_refill, runner.env_state)
@@ -516,7 +513,7 @@ def train_update(
     """
     runner, transitions, episodes = rollout(args, agent, runner, table, exposure)
     sums = jax.tree.map(lambda x: add_up_ended(x, transitions.done), episodes)
-    last_value = act(args, agent, runner.params, table, exposure, runner.key, runner.env_state)["value"]
+    last_value = act(args, agent, runner, table, exposure, runner.key)["value"]
     key, key_sample = jax.random.split(runner.key)
     runner = dataclasses.replace(runner, key=key)
     runner, losses = update_agent(args, agent, runner, table, transitions, last_value)

@@ -62,7 +62,7 @@ class SftArgs:
     """phases between two fine-tunings of the adapter; 0: never"""
     sft_data: Literal["best", "all"] = "best"
     """which of the latest 512 analyses the adapter is fine-tuned on. best: those that (1) name a sub-goal
-    (2) that the guide then advised, (3) in advice that won its trial; all: all of them, as in the paper"""
+    (2) that the guide then advised, (3) in advice that won its trial; all: all analyses, as in the paper"""
     sft_learning_rate: float = 2e-4
     """learning rate of Adam in the fine-tuning of the adapter"""
     lora_rank: int | None = None

@@ -1,5 +1,7 @@
-"""Shared by all tests: a compilation cache, strict rank promotion, small default settings."""
+"""Shared by all tests: how programs are compiled, and kept, and let go; a quiet terminal; torch in another process."""
 
+import dataclasses
+import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
@@ -8,14 +10,23 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import jax
-import pytest
+# Most of the tests' time would be XLA's, optimising programs that run for moments. What they compute is the same. In
+# the environment, for the processes that tests start too; before jax is imported, which reads it.
+QUICK = "--xla_cpu_use_fusion_emitters=false"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+given = os.environ.get("XLA_FLAGS", "")
+if QUICK not in given and importlib.metadata.version("jaxlib").startswith("0.10."):  # unknown flags end the process
+    os.environ["XLA_FLAGS"] = f"{given} {QUICK}"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), "rladapter-tests-jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ.pop("OPENAI_API_KEY", None)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
-jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "rladapter-tests-jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-os.environ.pop("OPENAI_API_KEY", None)
+import rladapter_ppo  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +42,35 @@ def bounded_memory():
     (65,530), and XLA crashes when it gets no more."""
     yield
     jax.clear_caches()
+
+
+class OneProgram:
+    """A compiled function of `rladapter_ppo` that gets None for flags that nothing compiled reads: `Args` is a static
+    argument, so runs that differ in their folder alone would compile it anew."""
+
+    UNREAD = (
+        "exp_name seed track run_dir resume save_every eval_episodes num_devices distributed dry_run env_id sft llm"
+    ).split()
+    UNREAD_OF_TABLE = "queries_per_phase trials comprehension embed".split()
+
+    def __init__(self, program):
+        self.program = program
+
+    def __call__(self, args, *rest):
+        unread = dict.fromkeys([*self.UNREAD, *["total_timesteps"] * (not args.anneal_lr)])
+        table = dataclasses.replace(args.table, **dict.fromkeys(self.UNREAD_OF_TABLE))
+        return self.program(dataclasses.replace(args, table=table, **unread), *rest)
+
+    def __getattr__(self, name):
+        return getattr(self.program, name)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_program_for_many_runs():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("init_runner", "train_phase", "evaluate_steps"):
+            patch.setattr(rladapter_ppo, name, OneProgram(getattr(rladapter_ppo, name)))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -45,14 +46,6 @@ SMALL = ra.LmConfig(
     vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, max_position_embeddings=512, tie_word_embeddings=False,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Most of these tests' time is XLA's, optimising programs that run once. The results are the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)
@@ -760,7 +753,8 @@ def test_a_hub_id_is_looked_up_in_the_hubs_cache_and_compiled_programs_are_kept(
     (tmp_path / "hub/models--some--model/refs/main").write_text("abc")
     argv = [sys.executable, "rladapter_adapter.py", "generate", "--model", "some/model", "--prompt", "hi"]
     env = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PATH": "", "HOME": str(tmp_path)}
-    env |= {"RLADAPTER_CACHE": str(tmp_path / "cache"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    quick = {name: os.environ.get(name, "") for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")}
+    env |= {"RLADAPTER_CACHE": str(tmp_path / "cache")} | quick
     done = subprocess.run([*argv, "--max-new-tokens", "4"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "cache/jax").is_dir()

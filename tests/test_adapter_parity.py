@@ -38,14 +38,6 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Most of these tests' time is XLA's, optimising programs that run once. The results are the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def byte_tokenizer():
     """A tokenizer of single bytes: 256 of them after pad and end."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -207,6 +199,6 @@ def test_training_does_not_load_torch(tmp_path):
     toy += " --total-timesteps 200 --sft-every 0"
     program = "import sys, rladapter_ppo; print(rladapter_ppo.cli(sys.argv[1:]), 'torch' in sys.modules)"
     command = [sys.executable, "-c", program, *toy.split(), "--run-dir", str(tmp_path / "run")]
-    environment = os.environ | {"RLADAPTER_CACHE": str(tmp_path), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | {"RLADAPTER_CACHE": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
     assert done.stdout.splitlines()[-1:] == ["0 False"], done.stderr[-2000:]

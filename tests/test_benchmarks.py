@@ -23,7 +23,7 @@ import run  # noqa: E402
 import stats  # noqa: E402
 import tables  # noqa: E402
 
-from envs.scores import crafter_score  # noqa: E402
+from envs.scores import score  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -93,7 +93,7 @@ def test_human_success_rates_are_those_of_the_published_score():
     rates = np.array(list(tables.HUMAN.values())) / 100
     assert len(rates) == 22
     # The published score is a mean over humans, and the return counts health: they agree roughly
-    assert crafter_score(rates) == pytest.approx(50.5, abs=2) and rates.sum() == pytest.approx(14.3, abs=0.5)
+    assert score(rates) == pytest.approx(50.5, abs=2) and rates.sum() == pytest.approx(14.3, abs=0.5)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -171,9 +171,9 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, capsys, words, messag
 
 def test_a_flag_that_a_run_did_not_have_yet_counts_as_its_default():
     flags = run.runs.flags(run.rl.Args())
-    del flags["candidates"]
+    del flags["queries_per_phase"]
     assert run.differing_flag(flags, []) is None
-    assert run.differing_flag(flags, ["--candidates", "1"]) == "--candidates: 2 there, 1 here"
+    assert run.differing_flag(flags, ["--queries-per-phase", "1"]) == "--queries-per-phase: 16 there, 1 here"
     assert run.differing_flag(flags, ["--run-dir", "x", "--save-every", "2"]) is None
 
 

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,15 +21,6 @@ from utils import runs
 from utils.devices import SharedEnv
 from utils.embeddings import BertEmbedding, HashEmbedding, make_embedding
 from utils.hf_folder import ROOT, import_transformers
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Most of these tests' time is XLA's, optimising programs that run once. The results are the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
 
 # ---- hash
 

@@ -22,14 +22,23 @@ from envs.scores import score
 from envs.toy import EPISODE_LENGTH, TOY, ToyEnv
 
 N = 4
-SHORT = CraftaxEnv(pool_size=8, params=EnvParams(max_timesteps=6))
+SHORT = CraftaxEnv(pool_size=16, params=EnvParams(max_timesteps=6))
 STEP = jax.jit(lambda key, state, action: SHORT.step(jax.random.split(key, N), state, action))
 REFILL = jax.jit(lambda key, state: SHORT.refill(key[None], state))
+TWO = CraftaxEnv(pool_size=24, num_pools=2)
+REFILL_TWO = jax.jit(lambda key, state: TWO.refill(jax.random.split(key, 2), state))
+FACTS_OF = jax.jit(captions.facts)
+OBSERVE = jax.jit(observe_one)
 
 
 @pytest.fixture(scope="module")
 def start():
     return jax.jit(SHORT.reset, static_argnums=1)(jax.random.key(0), N)
+
+
+@pytest.fixture(scope="module")
+def start_of_two():
+    return jax.jit(TWO.reset, static_argnums=1)(jax.random.key(0), N)
 
 
 @pytest.fixture(scope="module")
@@ -69,26 +78,24 @@ def unique_maps(maps):
 
 
 def test_each_world_of_the_pool_is_handed_out_once_while_it_lasts(start):
-    state, maps = hand_out(start, 2)  # 8 episodes, 8 worlds
-    assert unique_maps(maps) == 8
+    state, maps = hand_out(start, 4)  # 16 episodes, 16 worlds
+    assert unique_maps(maps) == 16
     assert {m.tobytes() for m in maps} == {m.tobytes() for m in np.asarray(start.pool.worlds.map[0])}
-    assert state.pool.used.tolist() == [8] and state.pool.reused.tolist() == [0]
+    assert state.pool.used.tolist() == [16] and state.pool.reused.tolist() == [0]
 
 
 def test_an_empty_pool_reuses_worlds_and_counts_it(start):
-    state, maps = hand_out(start, 3)  # 12 episodes, 8 worlds
-    assert unique_maps(maps) == 8
+    state, maps = hand_out(start, 5)  # 20 episodes, 16 worlds
+    assert unique_maps(maps) == 16
     assert state.pool.reused.tolist() == [4]
-    np.testing.assert_array_equal(maps[8:], maps[:4])
+    np.testing.assert_array_equal(maps[16:], maps[:4])
 
 
 def test_unused_worlds_carry_over_a_refill(start):
     state, used = hand_out(start, 1)
-    env = CraftaxEnv(pool_size=16)
-    big = jax.jit(env.reset, static_argnums=1)(jax.random.key(3), N)
-    big = dataclasses.replace(big, pool=dataclasses.replace(big.pool, used=jnp.array([5])))
-    refilled = jax.jit(env.refill)(jax.random.key(4)[None], big)
-    old, new = np.asarray(big.pool.worlds.map[0]), np.asarray(refilled.pool.worlds.map[0])
+    five = dataclasses.replace(start, pool=dataclasses.replace(start.pool, used=jnp.array([5])))
+    refilled = REFILL(jax.random.key(4), five)
+    old, new = np.asarray(five.pool.worlds.map[0]), np.asarray(refilled.pool.worlds.map[0])
     replaced = [i for i in range(16) if old[i].tobytes() != new[i].tobytes()]
     assert replaced == list(range(8))  # 5 used ones, rounded up to a chunk of 8
     assert refilled.pool.used.tolist() == [0] and unique_maps(new) == 16
@@ -96,28 +103,26 @@ def test_unused_worlds_carry_over_a_refill(start):
     assert not {m.tobytes() for m in used} & {m.tobytes() for m in np.asarray(after.pool.worlds.map[0])}
 
 
-def test_pools_serve_their_own_envs_only():
+def test_pools_serve_their_own_envs_only(start_of_two):
     """As if each were an env of its own, which is what lets devices work apart."""
-    both = CraftaxEnv(pool_size=2, num_pools=2)
-    state = jax.jit(both.reset, static_argnums=1)(jax.random.key(0), N)
+    state = start_of_two
     dead = state.envs.replace(player_health=jnp.array([0.0, 9.0, 0.0, 0.0]).astype(state.envs.player_health.dtype))
     keys = jax.random.split(jax.random.key(1), N)
     noop = jnp.zeros(N, jnp.int32)
-    state = jax.jit(both.step)(keys, dataclasses.replace(state, envs=dead), noop)[0]
+    state = jax.jit(TWO.step)(keys, dataclasses.replace(state, envs=dead), noop)[0]
     maps, worlds = np.asarray(state.envs.map), np.asarray(state.pool.worlds.map)
     np.testing.assert_array_equal(maps[0], worlds[0, 0])
-    np.testing.assert_array_equal(maps[2:], worlds[1])
+    np.testing.assert_array_equal(maps[2:], worlds[1, :2])
     assert state.pool.used.tolist() == [1, 2]
-    refilled = jax.jit(both.refill)(jax.random.split(jax.random.key(2), 2), state)
-    assert refilled.pool.used.tolist() == [0, 0] and unique_maps(refilled.pool.worlds.map.reshape(4, 64, 64)) == 4
+    refilled = REFILL_TWO(jax.random.key(2), state)
+    assert refilled.pool.used.tolist() == [0, 0] and unique_maps(refilled.pool.worlds.map.reshape(48, 64, 64)) == 48
 
 
-def test_a_pool_that_needs_fewer_worlds_keeps_the_others():
+def test_a_pool_that_needs_fewer_worlds_keeps_the_others(start_of_two):
     """As it would on a device of its own: results must not depend on how many pools share one."""
-    env = CraftaxEnv(pool_size=24, num_pools=2)
-    state = jax.jit(env.reset, static_argnums=1)(jax.random.key(0), N)
-    state = dataclasses.replace(state, pool=dataclasses.replace(state.pool, used=jnp.array([3, 20])))
-    refilled = jax.jit(env.refill)(jax.random.split(jax.random.key(1), 2), state)
+    pool = dataclasses.replace(start_of_two.pool, used=jnp.array([3, 20]))
+    state = dataclasses.replace(start_of_two, pool=pool)
+    refilled = REFILL_TWO(jax.random.key(1), state)
     old, new = np.asarray(state.pool.worlds.map), np.asarray(refilled.pool.worlds.map)
     changed = (old != new).any((2, 3)).sum(1).tolist()
     assert changed == [8, 24]  # in chunks of 8
@@ -176,8 +181,8 @@ def situations():
 def test_features_are_craftax_symbolic_observation(start):
     state, _ = walk(start, 40)
     envs = CraftaxEnv()
-    ours = np.asarray(envs.features(envs.observe(state)))
-    theirs = np.asarray(jax.vmap(render_craftax_symbolic)(state.envs), np.float32)
+    ours = np.asarray(jax.jit(lambda state: envs.features(envs.observe(state)))(state))
+    theirs = np.asarray(jax.jit(jax.vmap(render_craftax_symbolic))(state.envs), np.float32)
     assert ours.shape == theirs.shape == (N, 1345)
     ours_grid, theirs_grid = ours[:, :1323].reshape(N, 63, 21), theirs[:, :1323].reshape(N, 63, 21)
     np.testing.assert_array_equal(ours_grid[..., :17], theirs_grid[..., :17])
@@ -194,15 +199,15 @@ def test_a_mob_out_of_view_does_not_hide_one_in_view(world):
 
 
 def observe(state):
-    return np.asarray(observe_one(state))
+    return np.asarray(OBSERVE(state))
 
 
 def facts_by_name(obs):
-    return dict(zip(FACTS, np.asarray(captions.facts(jnp.asarray(obs))).tolist(), strict=True))
+    return dict(zip(FACTS, np.asarray(FACTS_OF(jnp.asarray(obs))).tolist(), strict=True))
 
 
 def test_facts_against_a_loop_over_cells(situations):
-    ours = np.asarray(captions.facts(jnp.asarray(situations)))
+    ours = np.asarray(FACTS_OF(jnp.asarray(situations)))
     names = {"tree": 5, "water": 3, "stone": 4, "coal": 8, "iron": 9, "diamond": 10, "crafting table": 11,
              "furnace": 12,
              "plant": 15, "ripe plant": 16, "lava": 14}  # fmt: skip
@@ -238,7 +243,7 @@ def test_facts_against_a_loop_over_cells(situations):
 
 def test_the_caption_says_the_same_as_the_facts(situations):
     """The rules guide is given facts. It knows no more than an LLM, which reads the caption."""
-    ours = np.asarray(captions.facts(jnp.asarray(situations)))
+    ours = np.asarray(FACTS_OF(jnp.asarray(situations)))
     for obs, row in zip(situations, ours, strict=True):
         read = captions.truths_of(captions.read_caption(captions.to_text(obs)))
         assert read == dict(zip(FACTS, row.tolist(), strict=True)), captions.to_text(obs)
@@ -292,6 +297,7 @@ def play():
 def facing(state, block, **changes):
     """The player looks up at this block."""
     y, x = state.player_position + jnp.array([-1, 0])
+    changes = {name: jnp.int32(n) for name, n in changes.items()}  # a number of Python's would compile the step anew
     inventory = state.inventory.replace(**changes)
     return state.replace(
         map=state.map.at[y, x].set(block.value), player_direction=jnp.int32(Action.UP.value), inventory=inventory

@@ -24,8 +24,14 @@ import rladapter_ppo as rl
 from utils import run_folder, runs, trials
 
 ROOT = Path(__file__).parents[1]
-TOY = "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --updates-per-phase 3 " \
-    "--guidance-rows 8 --queries-per-phase 4 --eval-episodes 16 --adapter none".split()  # fmt: skip
+TOY = (
+    "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --updates-per-phase 2 "
+    "--guidance-rows 8 --queries-per-phase 4 --eval-episodes 16 --adapter none --no-anneal-lr".split()
+)  # the program of test_llm_server.py, whatever the number of steps
+CAPTION = (
+    "You see: tree (1 north).\nFacing: tree.\nInventory: nothing.\n"
+    "Vitals (of 9): health 9, food 9, drink 9, energy 9.\nIt is day. The player is awake.\nUnlocked: nothing."
+)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +59,7 @@ def test_a_run_leaves_a_complete_folder(tmp_path):
     assert 0 <= summary["episodic_return"] <= 8 and set(summary["achievements"]) == {"collect_wood", "collect_drink"}
     assert summary["SPS"] > 0 and summary["compile_seconds"] > 0
     assert summary["llm_calls"] == len(guidance) == sum(m["llm/calls"] for m in metrics) > 0
-    assert [m["phase"] for m in metrics] == list(range(5))
+    assert [m["phase"] for m in metrics] == list(range(7))
     assert config["flags"]["num_envs"] == 8 and config["versions"]["jax"] and config["device"]
     assert guidance[0]["sub_goals"] and guidance[0]["messages"][0]["role"] == "system" and not guidance[0]["error"]
     assert outcomes[-1]["visits"] > 0 and 0 <= outcomes[-1]["comprehension"] <= 1
@@ -81,7 +87,7 @@ def numbers(folder):
 
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    assert run(whole) == 0
+    assert run(whole, "--anneal-lr") == 0
 
     def stop_after_two(self, metrics):
         self.stop.asked = self.phase == 1
@@ -90,7 +96,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     original = runs.Run.log_phase
     with monkeypatch.context() as patched:
         patched.setattr(runs.Run, "log_phase", stop_after_two)
-        assert run(halves) == 130
+        assert run(halves, "--anneal-lr") == 130
     assert not (halves / "summary.json").exists()
     (halves / "metrics.jsonl").open("a").write('{"phase": 2, "half a li')  # as a kill leaves it
     assert rl.cli(["--resume", str(halves)]) == 0
@@ -106,7 +112,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 
 def test_a_finished_run_goes_on_with_a_larger_total(tmp_path):
-    assert run(tmp_path / "run") == 0
+    assert run(tmp_path / "run", "--anneal-lr") == 0
     assert rl.cli(["--resume", str(tmp_path / "run"), "--total-timesteps", "2e3"]) == 0
     assert json.loads((tmp_path / "run/summary.json").read_text())["global_step"] == 2048
 
@@ -141,16 +147,21 @@ def test_every_ablation_runs_two_phases(tmp_path, name):
     assert (summary["llm_calls"] > 0) == ("--guidance n" not in ABLATIONS[name] and "facts" not in name)
 
 
-def test_with_an_adapter_it_analyses_and_is_tuned(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny random adapter."""
+    folder = tmp_path_factory.mktemp("adapter") / "model"
+    make_adapter_tiny.train([CAPTION], folder, steps=2)
+    return folder
+
+
+def test_with_an_adapter_it_analyses_and_is_tuned(model, tmp_path, monkeypatch):
     """The real path with a tiny random model: analyses reach the messages, winners the fine-tuning."""
-    folder = tmp_path / "model"
-    captions = [rl.make_env("Toy-v0", 1).to_text(np.array([i % 2, 0])) for i in range(4)]
-    make_adapter_tiny.train(captions, folder, steps=2)
     monkeypatch.setattr(guidance.trials, "DECIDED_AT_SE", -1e9)  # everything wins
     monkeypatch.setattr(
         rladapter_adapter.Adapter, "analyse", lambda self, prompts, key: ["It should chop tree."] * len(prompts)
     )
-    flags = ["--adapter", str(folder), "--sft-every", "1"]
+    flags = ["--adapter", str(model), "--sft-every", "1"]
     assert rl.cli([*TOY, *flags, "--total-timesteps", "1500", "--run-dir", str(tmp_path / "run")]) == 0
     assert any("Analysis:" in g["messages"][1]["content"] for g in lines(tmp_path / "run/guidance.jsonl"))
     tuned = [m for m in lines(tmp_path / "run/metrics.jsonl") if "adapter/nll_after" in m]
@@ -158,10 +169,9 @@ def test_with_an_adapter_it_analyses_and_is_tuned(tmp_path, monkeypatch):
     assert rladapter_adapter.load_adapter(tmp_path / "run/adapter").lora_config.rank == 8
 
 
-def test_examples_are_logged_as_they_are_tuned_on(tmp_path, monkeypatch):
+def test_examples_are_logged_as_they_are_tuned_on(model, tmp_path, monkeypatch):
     """`rladapter_adapter.py sft --data RUN/examples.jsonl` must be able to do a fine-tuning again."""
-    folder, tuned_on = tmp_path / "model", []
-    make_adapter_tiny.train(["You see: tree (1 north)."], folder, steps=1)
+    tuned_on = []
     monkeypatch.setattr(trials, "DECIDED_AT_SE", 0.1)
     monkeypatch.setattr(
         rladapter_adapter.Adapter, "analyse",
@@ -169,7 +179,7 @@ def test_examples_are_logged_as_they_are_tuned_on(tmp_path, monkeypatch):
     )  # fmt: skip
     tune = lambda self, pairs, *_, **__: tuned_on.append(pairs) or {}  # noqa: E731
     monkeypatch.setattr(rladapter_adapter.Adapter, "finetune", tune)
-    flags = ["--adapter", str(folder), "--num-envs", "16", "--guidance-rows", "4"]
+    flags = ["--adapter", str(model), "--num-envs", "16", "--guidance-rows", "4"]
     for sft_data in ("best", "all"):
         tuned_on.clear()
         args = [*TOY, *flags, "--total-timesteps", "6000", "--sft-every", "1", "--sft-data", sft_data]
@@ -184,7 +194,7 @@ def test_a_run_without_a_terminal_prints_a_line_a_phase(tmp_path, capsys):
     """Under nohup or SLURM nothing was printed for minutes."""
     assert run(tmp_path / "run") == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("phase ")]
-    assert [line.split()[1] for line in printed] == ["0", "1", "2", "3", "4"]
+    assert [line.split()[1] for line in printed] == ["0", "1", "2", "3", "4", "5", "6"]
     assert all("steps/s" in line and "calls" in line for line in printed)
 
 
@@ -404,9 +414,10 @@ def test_every_flag_is_read():
     sources = [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py")]
     trees = [ast.parse(path.read_text()) for path in sources]
     read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    names = [n.target.id for owner in OWNERS for n in flag_fields(owner) if isinstance(n, ast.AnnAssign)]
+    fields = [n for owner in OWNERS for n in flag_fields(owner) if isinstance(n, ast.AnnAssign)]
+    names = [n.target.id for n in fields if "OmitArgPrefixes" not in ast.dump(n.annotation)]
     assert len(names) > 30 and not [name for name in names if name not in read]
-    assert set(runs.flags(rl.Args())) == set(names) - {"table", "sft", "llm"}  # a flag's name is unique
+    assert sorted(runs.flags(rl.Args())) == sorted(names)  # a flag's name is unique
 
 
 @pytest.mark.parametrize("owner", OWNERS)

@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Pytree = Any
 AXIS = "envs"
+LEADER_STAYS = 2.0  # seconds that the leader waits for the others' last words
 
 
 def initialize() -> None:
@@ -244,6 +246,8 @@ def leave(code: int) -> int:
     """Returns the code. One of several processes ends here, without a farewell that the others would not answer."""
     if not jax.distributed.is_initialized():
         return code
+    if is_leader():  # the others lose it at once, and end with a stack trace if they have not said why they end
+        time.sleep(LEADER_STAYS)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

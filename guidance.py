@@ -221,7 +221,7 @@ class HostTable:
     def fits(self, facts: np.ndarray) -> np.ndarray:
         """Finds the rows whose reasons hold: (M, P) -> (M, K)."""
         wrong = (facts[:, None] != self.rows.situation) & self.rows.care
-        return self.rows.valid & ~wrong.any(-1)
+        return self.rows.valid & (wrong.sum(-1) <= TOLERANCE)
 
     def choose_questions(self, env: Any, situations: dict[str, np.ndarray]) -> list[Question]:
         """Chooses situations unlike all asked about before, then those whose advice works worst.
@@ -234,7 +234,7 @@ class HostTable:
         if not len(facts):
             return []
         scores = self.comprehension()
-        weights = rows.visits.sum(1) * (1 - np.nan_to_num(scores, nan=1.0))
+        weights = rows.valid * rows.visits.sum(1) * (1 - np.nan_to_num(scores, nan=1.0))
         worst = np.argsort(-weights, kind="stable").tolist()
         most = self.args.queries_per_phase
         again = [row for row in worst if weights[row] > MIN_VISITS][: most // 4]

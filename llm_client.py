@@ -363,7 +363,7 @@ class Guide:
             question.messages = build_messages(self.game, question.caption, question.sub_goals, question.analysis)
         return Pause(self, questions, background)
 
-    def resume(self, queries: int, calls: int, cost: float) -> None:
+    def resume(self, questions: int, calls: int, cost: float) -> None:
         """Takes note of the questions, calls and money of a run that goes on."""
 
     def close(self) -> None:
@@ -505,8 +505,8 @@ class ReplayGuide(Guide):
             replies.append(said[0][1] if in_order else self.by_messages.get(messages, missing))
         return replies
 
-    def resume(self, queries: int, calls: int, cost: float) -> None:
-        self.position = queries
+    def resume(self, questions: int, calls: int, cost: float) -> None:
+        self.position = questions
 
 
 class HttpGuide(Guide):
@@ -584,7 +584,7 @@ class HttpGuide(Guide):
         }
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
-    def resume(self, queries: int, calls: int, cost: float) -> None:
+    def resume(self, questions: int, calls: int, cost: float) -> None:
         self.budget.calls, self.budget.cost = calls, cost
 
     def close(self) -> None:

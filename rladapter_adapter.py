@@ -654,7 +654,8 @@ def load_adapter(source: str | Path, lora: LoraConfig = LoraConfig(), seed: int 
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model {config.vocab_size}")
         if base == folder:
-            factors = init_lora(config, lora, jax.random.key(seed))
+            # The first four keys that come of this seed are those of the run (`rladapter_ppo.run_keys`).
+            factors = init_lora(config, lora, jax.random.fold_in(jax.random.key(seed), 4))
         else:
             settings, factors = hf_folder.read_lora(folder, param_shapes(config))
             lora = LoraConfig(**settings)
@@ -693,12 +694,12 @@ def open_adapter(flag: str, source: str, seed: int = 0, hint: str = "", **lora: 
 # --------------------------------------------------------------------------------- the command line
 
 def read_examples(path: Path) -> list[tuple[str, str]]:
-    """Returns the (prompt, response) pairs of an examples.jsonl or guidance.jsonl."""
+    """Returns the (prompt, response) pairs of a guidance.jsonl, or of the last phase of an examples.jsonl."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--data: cannot read {path}: {first_line(error)}") from None
-    examples = []
+    examples, phase = [], None
     for number, line in ((i, line) for i, line in enumerate(lines, 1) if line.strip()):
         try:
             record = json.loads(line)
@@ -706,6 +707,8 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
             prompt, response = (record[name] for name in names)
             if not isinstance(prompt, str) or not isinstance(response, str):
                 raise TypeError
+            if "response" in record and record.get("phase") != phase:  # each fine-tuning has all its examples
+                examples, phase = [], record.get("phase")
         except (ValueError, KeyError, TypeError):
             kinds = 'neither {"prompt": ..., "response": ...} nor a record of a guidance.jsonl'
             raise ValueError(f"--data: line {number} of {path} is {kinds}") from None

@@ -95,9 +95,9 @@ class Args:
     gae_lambda: float = 0.625
     """lambda of generalized advantage estimation"""
     num_minibatches: int = 8
-    """minibatches per epoch"""
+    """minibatches in an epoch of PPO"""
     update_epochs: int = 4
-    """epochs per update"""
+    """epochs that PPO makes on each rollout"""
     norm_adv: bool = True
     """normalise advantages per minibatch"""
     clip_coef: float = 0.2
@@ -140,7 +140,7 @@ class Args:
         return self.num_updates * self.batch_size
 
     def updates_in_phase(self, phase: int, updates_done: int) -> int:
-        """The first phase is one update: before it there is little to ask about. The last one may be short."""
+        """Counts updates. The first phase is one: before it there is little to ask about. The last may be short."""
         return min(1 if phase == 0 else self.updates_per_phase, self.num_updates - updates_done)
 
     @property
@@ -215,11 +215,12 @@ class ActorCritic(nnx.Module):
         self.critic = nnx.Linear(width, 1, kernel_init=nnx.initializers.orthogonal(1.0), rngs=rngs)
 
     def __call__(self, features: jax.Array, context: ContextVectors) -> tuple[jax.Array, jax.Array]:
-        """features (B, F) -> logits (B, A), value (B,)"""
+        """Maps features (..., F) to logits (..., A) and value (...)."""
         inputs = jnp.concatenate([features, *(weights for weights, _ in context)], -1)
         projected = [layer(basis) for layer, (_, basis) in zip(self.context, context, strict=True)]  # (M, width) each
         kernel = jnp.concatenate([self.features.kernel[...], *projected])  # one matmul is cheaper than a sum of them
-        x = nnx.relu(self.norm(inputs @ kernel + self.features.bias[...][None]))
+        bias = self.features.bias[...].reshape((1,) * (inputs.ndim - 1) + (-1,))
+        x = nnx.relu(self.norm(inputs @ kernel + bias))
         logits = self.actor(nnx.relu(self.actor_norm(self.actor_hidden(x))))
         value = self.critic(nnx.relu(self.critic_norm(self.critic_hidden(x))))
         return logits, value[..., 0]
@@ -236,7 +237,7 @@ class Agent:
     def __call__(
         self, params: Pytree, table: GuidanceTable, obs: jax.Array, advised: jax.Array, facts: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """obs (B, O), advised (B, S), facts (B, P) -> logits (B, A), value (B,)"""
+        """Maps obs (..., O), advised (..., S) and facts (..., P) to logits (..., A) and value (...)."""
         network = nnx.merge(self.graphdef, params)
         return network(self.env.features(obs), self.context.vectors(table, advised, facts))
 
@@ -247,7 +248,7 @@ class Agent:
 
 
 def action_log_prob(logits: jax.Array, action: jax.Array) -> jax.Array:
-    """(..., A), (...) -> (...)"""
+    """Picks the log-probability of actions: (..., A), (...) -> (...)"""
     return jnp.take_along_axis(jax.nn.log_softmax(logits), action[..., None], axis=-1)[..., 0]
 
 
@@ -370,17 +371,17 @@ class NoContext:
 
     @staticmethod
     def advise(args: Args, table: GuidanceTable, exposure: Exposure, facts: jax.Array) -> jax.Array:
-        """facts (N, P) -> advised sub-goals (N, S)"""
-        return jnp.zeros((facts.shape[0], table.goals.shape[1]), bool)
+        """Looks up advised sub-goals: facts (..., P) -> (..., S)"""
+        return jnp.zeros((*facts.shape[:-1], table.goals.shape[1]), bool)
 
     @staticmethod
     def vectors(table: GuidanceTable, advised: jax.Array, facts: jax.Array) -> ContextVectors:
-        """advised (B, S), facts (B, P) -> what the network gets"""
+        """Makes what the network gets of advised (..., S) and facts (..., P)."""
         return []
 
     @staticmethod
     def outcomes(args: Args, agent: "Agent", table: GuidanceTable, exposure: Exposure, transitions: Transition) -> dict:
-        """What came of each row in a rollout."""
+        """Adds up what came of each row in a rollout."""
         return {}
 
 
@@ -410,7 +411,7 @@ class AdviceContext(FactsContext):
 
     @staticmethod
     def vectors(table: GuidanceTable, advised: jax.Array, facts: jax.Array) -> ContextVectors:
-        """The sum of the advised sub-goals' embeddings, scaled to norm sqrt(D), and the facts."""
+        """Adds up the advised sub-goals' embeddings, scales the sum to norm sqrt(D); and the facts."""
         names, advised = table.sub_goal_embeddings, advised.astype(jnp.float32)  # (S, D)
         squared_norm = ((advised @ (names @ names.T)) * advised).sum(-1, keepdims=True)
         scale = math.sqrt(names.shape[1]) / jnp.sqrt(jnp.maximum(squared_norm, 1e-12))
@@ -682,7 +683,7 @@ def init_runner(args: Args, agent: Agent, params: Pytree, key: jax.Array) -> tup
     begun = agent.env.shard({"episodic_return": zeros, "episodic_length": zeros.astype(jnp.int32)})
     shared = {"params": params, "opt_state": make_optimizer(args).init(params), "key": key, "update": jnp.int32(0)}
     runner = Runner(env_state=env_state, **begun, **agent.env.replicate(shared))
-    obs = agent.env.observe(env_state)[: agent.context.situations_per_update]
+    obs = agent.env.observe(env_state)[: args.num_envs * agent.context.guided]
     return runner, agent.env.replicate({"obs": obs, "facts": agent.env.facts(obs)})
 
 
@@ -706,7 +707,8 @@ def tune_adapter(
 
 
 def print_dry_run(args: Args, table: HostTable, env: Any, adapter: Any, situations: dict[str, np.ndarray]) -> None:
-    """Prints what the first pause would ask, and what the whole run would at most take."""
+    """Prints what the first pause would ask, and what the whole run would take."""
+    llm_client.make_budget(args.llm)  # raises for flags that can't work, before anything is printed
     questions = table.choose_questions(env, situations)
     write_analyses(adapter, env.game, questions, jax.random.key(args.seed))
     NoGuide(env.game).ask(questions)
@@ -741,7 +743,7 @@ def main(args: Args, run: runs.Run) -> dict[str, Any] | None:
 
         # Pause: ask about situations that no advice serves, and about advice that is not understood
         with run.timed("guidance"):
-            questions = table.choose_questions(env, situations)
+            questions = table.choose_questions(env, situations) if asks else []
             write_analyses(adapter, env.game, questions, key_analyse)
             pause = guide.ask(questions, background=args.llm.llm_async)
             if not args.llm.llm_async:
@@ -780,6 +782,7 @@ def main(args: Args, run: runs.Run) -> dict[str, Any] | None:
         run.log_phase(metrics | worth | pause.metrics() | tuned)
         run.save_if_due(env, runner, situations, table, adapter)
 
+    run.save_adapter(adapter)
     if run.stopped:
         return None
     best = env.put(table.for_evaluation())

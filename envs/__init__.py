@@ -35,7 +35,7 @@ ENVS = {
 
 
 def make_env(env_id: str, num_envs: int, num_devices: int = 1) -> Any:
-    """The env of that id, for num_envs parallel games on that many devices. Raises ValueError for an unknown id."""
+    """Makes the env of that id, for num_envs games on that many devices. Raises ValueError for an unknown id."""
     if env_id not in ENVS:
         raise ValueError(f"--env-id: unknown env {env_id!r}; choose {' or '.join(ENVS)}")
     return importlib.import_module(ENVS[env_id]).make_env(num_envs, num_devices)

@@ -67,16 +67,16 @@ class Game:
 
     @functools.cached_property
     def fact_numbers(self) -> dict[str, int]:
-        """Index of each fact, by its own name."""
+        """Returns the index of each fact, by its own name."""
         return {name: i for i, name in enumerate(self.facts)}
 
     @functools.cached_property
     def sub_goal_numbers(self) -> dict[str, int]:
-        """Index of each sub-goal, by its own name."""
+        """Returns the index of each sub-goal, by its own name."""
         return {name: i for i, name in enumerate(self.sub_goals)}
 
     def normalise(self, text: str) -> str:
-        """Lower case, words only, fillers and plurals removed: "Chop the Trees!" -> "chop tree"."""
+        """Returns lower-case words without fillers and plurals: "Chop the Trees!" -> "chop tree"."""
         words = re.findall(r"[a-z0-9>=]+", text.lower())
         return " ".join(self.word_forms.get(word, word) for word in words if word not in FILLER)
 
@@ -89,7 +89,7 @@ class Game:
         return self._known(self.facts, self.fact_aliases)
 
     def _known(self, names: tuple[str, ...], aliases: Mapping[str, str]) -> dict[str, int]:
-        """Normal form -> index, for names and aliases."""
+        """Maps the normal forms of names and aliases to indices."""
         known: dict[str, int] = {}
         for i, name in enumerate(names):
             for form in (name, *aliases.get(name, "").split(",")):
@@ -98,11 +98,11 @@ class Game:
         return known
 
     def read_sub_goal(self, text: str) -> int | None:
-        """Index of a sub-goal in anybody's words, None if it is none."""
+        """Returns the index of a sub-goal in anybody's words, None if it is none."""
         return self._known_sub_goals.get(self.normalise(text[:MAX_NAME]))
 
     def read_fact(self, text: str) -> tuple[int, bool] | None:
-        """(index, truth) of a fact in anybody's words, "not " or "no " in front of a false one; else None."""
+        """Returns (index, truth) of a fact in anybody's words, "not " or "no " in front of a false one; else None."""
         form = re.sub(r"\s*(>=|=>)\s*", " >= ", text[:MAX_NAME].lower().replace("≥", ">="))
         truth = True
         for negated, positive in ((r"^\s*(?:not|no)\s+", ""), (r"\bnot\s+", ""), (r"\s<\s*(?=\d)", " >= ")):
@@ -112,7 +112,7 @@ class Game:
         return None if index is None else (index, truth)
 
     def sub_goals_in_text(self, text: str) -> list[int]:
-        """Basic sub-goals that a free text names literally, in order of appearance, each once."""
+        """Finds basic sub-goals that a free text names literally, in order of appearance, each once."""
         lowered = text.lower()
         found = [
             (match.start(), i)
@@ -122,18 +122,18 @@ class Game:
         return [i for _, i in sorted(found)]
 
     def sub_goals_text(self, indices: Iterable[int]) -> str:
-        """Names in the given order, "none" if empty."""
+        """Returns the names in the given order, "none" if empty."""
         return ", ".join(self.sub_goals[i] for i in indices) or "none"
 
     def reasons_text(self, care: np.ndarray, situation: np.ndarray) -> list[str]:
-        """Of a situation (P,) the facts cared about (P,) in words, "not " in front of false ones."""
+        """Returns the facts of a situation (P,) that are cared about (P,) in words, "not " before false ones."""
         return [("" if situation[i] else "not ") + self.facts[i] for i in np.flatnonzero(care)]
 
     def truths(self, situation: Sequence[bool]) -> dict[str, bool]:
-        """The truth of each fact by its name, from (P,)."""
+        """Returns the truth of each fact by its name, from (P,)."""
         return {name: bool(truth) for name, truth in zip(self.facts, situation, strict=True)}
 
 
 def holds(truths: Mapping[str, bool], reasons: Iterable[str]) -> bool:
-    """Is each of these facts as it is said to be? "not " stands in front of a false one."""
+    """Says whether each of these facts is as it is said to be; "not " stands in front of a false one."""
     return all(truths[text.removeprefix("not ")] != text.startswith("not ") for text in reasons)

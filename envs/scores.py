@@ -8,7 +8,7 @@ from envs.game import Game
 
 
 def score(success_rates: np.ndarray) -> float:
-    """Geometric mean of the success rates with an offset of one percent: exp(mean(log(1 + s))) - 1.
+    """Returns the geometric mean of the success rates with an offset of one percent: exp(mean(log(1 + s))) - 1.
 
     Args:
         success_rates: (A,) share of episodes that unlocked each achievement, in 0 to 1

@@ -82,5 +82,5 @@ class ToyEnv:
 
 
 def make_env(num_envs: int, num_devices: int) -> ToyEnv:
-    """The env for any number of games on that many devices."""
+    """Makes the env for any number of games on that many devices."""
     return ToyEnv(num_pools=num_devices)

@@ -741,7 +741,8 @@ def test_the_adapter_of_a_run(folder, lora_folder):
 
 def test_examples_of_a_run_may_say_more(tmp_path):
     path = tmp_path / "examples.jsonl"
-    path.write_text('{"phase": 3, "prompt": "a", "response": "b"}\n\n{"phase": 7, "prompt": "c", "response": "d"}\n')
+    lines = ['{"phase": 7, "prompt": "a", "response": "b"}', "", '{"phase": 7, "prompt": "c", "response": "d"}']
+    path.write_text("\n".join(lines))
     assert ra.read_examples(path) == [("a", "b"), ("c", "d")]
 
 

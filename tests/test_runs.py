@@ -186,8 +186,9 @@ def test_examples_are_logged_as_they_are_tuned_on(model, tmp_path, monkeypatch):
         assert rl.cli([*args, "--run-dir", str(tmp_path / sft_data)]) == 0
         logged = lines(tmp_path / sft_data / "examples.jsonl")
         last = [(line["prompt"], line["response"]) for line in logged if line["phase"] == logged[-1]["phase"]]
-        assert last and last == tuned_on[-1]
-        assert rladapter_adapter.read_examples(tmp_path / sft_data / "examples.jsonl")[-len(last) :] == last
+        assert last and last == tuned_on[-1] and len(last) < len(logged)
+        # Those of earlier fine-tunings would be trained on again, and measured on among the held-out ones.
+        assert rladapter_adapter.read_examples(tmp_path / sft_data / "examples.jsonl") == last
 
 
 def test_a_run_without_a_terminal_prints_a_line_a_phase(tmp_path, capsys):
@@ -204,14 +205,34 @@ def key_bits(keys):
     return [bits.tobytes() for bits in data.reshape(-1, data.shape[-1])]
 
 
+def test_a_training_that_can_not_begin_says_why(tmp_path, monkeypatch):
+    """What closes a run took a log for a progress bar, and hid the error."""
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "Log", stopped)
+    assert run(tmp_path / "run", steps=400) == 130
+
+
+def test_a_dry_run_needs_no_free_folder_and_says_first_what_can_not_work(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    flags = [*TOY, "--total-timesteps", "1500", "--dry-run", "--run-dir", str(tmp_path)]
+    assert rl.cli(flags) == 0 and "question 0: adapter prompt" in capsys.readouterr().out
+    assert rl.cli([*flags, "--llm-max-cost", "1"]) == 2
+    captured = capsys.readouterr()
+    assert "--llm-max-cost" in captured.err and not captured.out
+
+
 def test_seeds_share_no_keys():
     """Phase 1 of seed 1 used a key of seed 2: in jax split(key)[i] is fold_in(key, i)."""
     used = []
     for seed in range(4):
         key_agent, key_runner, key_phases, key_evaluation = rl.run_keys(seed)
         used += [*key_bits(key_agent), *key_bits(key_runner), *key_bits(key_phases), *key_bits(key_evaluation)]
+        used += key_bits(jax.random.fold_in(jax.random.key(seed), 4))  # of fresh LoRA weights (`load_adapter`)
         used += [bits for phase in range(5) for bits in key_bits(rl.phase_keys(key_phases, phase))]
-    assert len(used) == 4 * (4 + 2 * 5) == len(set(used))
+    assert len(used) == 4 * (5 + 2 * 5) == len(set(used))
 
 
 def test_analyses_and_fine_tuning_share_no_keys():

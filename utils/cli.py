@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import tyro
 
 EXIT_BAD_INPUT = 2
-MAX_ERROR_LINE = 300  # characters
+MAX_ERROR_LINE = 1000  # characters
 
 
 def read_big_int(word: str) -> int:
-    """An int, also in the form 1e6. Raises ValueError for anything else."""
+    """Reads an int, also in the form 1e6. Raises ValueError for anything else."""
     if re.fullmatch(r"[+-]?\d+", word):
         return int(word)
     value = float(word)
@@ -45,7 +45,7 @@ def check_ranges(args: Any, limits: dict[str, tuple[float, float]]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line that is never empty."""
+    """Returns what an exception says, in one line that is never empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_ERROR_LINE]
 
 

@@ -10,7 +10,7 @@ COMPILING = "/jax/core/compile/"  # jax's events of tracing, lowering and compil
 
 
 def cache_folder() -> Path:
-    """Where compiled programs and replies are kept between runs: $RLADAPTER_CACHE or ~/.cache/rladapter."""
+    """Returns where compiled programs and replies are kept between runs: $RLADAPTER_CACHE or ~/.cache/rladapter."""
     return Path(os.environ.get("RLADAPTER_CACHE") or "~/.cache/rladapter").expanduser()
 
 

@@ -6,7 +6,8 @@
                                the rollout while it is shuffled
 
 The same program runs on one device and on many. `SharedEnv` wraps an env, and says with four calls what is sharded;
-XLA splits the rest. Results differ by the order of float sums only, where the env's pools are the same.
+XLA splits the rest. Where the env's pools are the same, results differ by the order of float sums, and by what follows
+from it: with few envs per device world generation has been seen to round differently.
 
 Of many processes every one runs the same script. Process 0, the leader, keeps the run folder, asks adapter and guide,
 and hands the table to the others (`from_leader`); they bring their devices.
@@ -89,7 +90,7 @@ class SharedEnv:
 
     @functools.cached_property
     def obs_size(self) -> int:
-        """O, the bytes of an observation."""
+        """Returns O, the bytes of an observation."""
         key = jax.random.key(0)
         return jax.eval_shape(lambda: self.env.observe(self.env.reset(key, 1))).shape[-1]
 

@@ -132,42 +132,44 @@ def resumed_args(args_type: type, folder: Path, argv: list[str]) -> Any:
 class Run:
     """One training's folder, logs, checkpoints, clocks, progress bar, Ctrl-C. Of several processes the leader's writes.
 
-    Reads these flags of args: run_dir, resume, env_id, exp_name, seed, track, save_every, total_steps; and
-    sft.sft_every, whether there are weights of the adapter to save.
+    Reads these flags of args: run_dir, resume, dry_run, env_id, exp_name, seed, track, save_every, total_steps;
+    sft.sft_every, whether the adapter learns; llm.llm, whether calls that a kill lost were paid for.
     """
 
     def __init__(self, args: Any):
         self.args, self.leads = args, devices.is_leader()
         self.folder = args.resume or args.run_dir or run_folder.default_folder(args.env_id, args.exp_name, args.seed)
-        if args.track:
+        if args.track and not args.dry_run:
             run_folder.import_wandb()
-        if not args.resume and self.leads:
+        if self.leads and not (args.resume or args.dry_run):
             run_folder.check_free(self.folder)
         self.phase = 0
-        self.totals: dict[str, Any] = {"global_step": 0, "wall_seconds": 0.0, "compile_seconds": 0.0, "llm_queries": 0}
-        self.totals |= {f"llm_{name}": 0 for name in TOTALS} | {"episodes": 0.0, "achievements": 0.0}
-        self.totals["score_all_episodes"] = None
+        self.totals: dict[str, Any] = {"global_step": 0, "wall_seconds": 0.0, "compile_seconds": 0.0}
+        self.totals |= {"llm_questions": 0} | {f"llm_{name}": 0 for name in TOTALS}
+        self.totals |= {"episodes": 0.0, "achievements": 0.0, "score_all_episodes": None}
         self.stop, self.stopped = StopRequest(), False
         self.console = Console(quiet=not self.leads)
         self.log: Log | NoLog | None = None  # until training starts
         self.checkpoints: Checkpoints | None = None
         self.guide: Any = None
+        self.progress: Progress | None = None
         self.compile_clock, self.made_at = CompileClock(), time.perf_counter()
         self.times: dict[str, float] = {}
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type | None, *_: Any) -> None:
         """Closes what is open, and gives Ctrl-C back."""
         self.compile_clock.close()
         self.stop.close()
-        if self.log is not None:
+        if self.progress is not None:
             self.progress.stop()
-            self.guide.close()
-            self.log.close()
-            if self.checkpoints is not None:
-                self.checkpoints.close()
+        if kind is KeyboardInterrupt:  # stop at once: a guide may still be asked, a server may not answer
+            return
+        for part in (self.guide, self.log, self.checkpoints):
+            if part is not None:
+                part.close()
 
     def start(
         self, env: devices.SharedEnv, runner: Any, situations: Situations, table: Any, adapter: Any, guide: Any
@@ -180,10 +182,10 @@ class Run:
         if not self.args.resume and self.leads:
             config = {"flags": flags(self.args), "argv": sys.argv[1:]}
             run_folder.create(self.folder, config | run_folder.describe_machine())
-        self.checkpoints = Checkpoints(self.folder) if self.leads else None
+        self.guide, self.checkpoints = guide, Checkpoints(self.folder) if self.leads else None
         if self.args.resume:
             runner, situations = self._restore(env, runner, situations, table, adapter, guide)
-        self.guide, self.log = guide, NoLog()
+        self.log = NoLog()
         if self.leads:
             self.log = Log(self.folder, self.args.track, flags(self.args), first_step=self.totals["global_step"])
         self.setup_seconds = time.perf_counter() - self.made_at
@@ -193,7 +195,8 @@ class Run:
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         done = self.totals["global_step"]
         self.task = self.progress.add_task("training", total=self.args.total_steps, completed=done, status="compiling")
-        self.console.print(f"training in {self.folder}; the first phase includes compilation", highlight=False)
+        say = f"training in {self.folder}; the first phase includes compilation"
+        self.console.print(say, markup=False, highlight=False, soft_wrap=True)
         self.progress.start()
         return runner, situations
 
@@ -229,13 +232,13 @@ class Run:
 
     def append(self, name: str, lines: list[dict[str, Any]]) -> None:
         """Appends lines of this phase to a .jsonl file."""
-        place = {"phase": self.phase, "global_step": self.totals["global_step"]}
-        self.log.append(name, [place | line for line in lines])
+        self.log.append(name, [{"phase": self.phase} | line for line in lines])
 
     def log_questions(self, questions: list[Any], game: Any) -> None:
         """Appends the questions of a pause to guidance.jsonl, as soon as they are answered: answers may be paid for."""
-        self.append("guidance.jsonl", [question.log_line(game, self.guide.name) for question in questions])
-        self.add(llm_queries=len(questions))
+        place = {"global_step": self.totals["global_step"]}
+        self.append("guidance.jsonl", [place | question.log_line(game, self.guide.name) for question in questions])
+        self.add(llm_questions=len(questions))
 
     def log_phase(self, metrics: dict[str, Any]) -> None:
         """Writes the metrics of a phase, with its times, and shows how far the run is."""
@@ -279,10 +282,11 @@ class Run:
         extra = {"totals": jax.tree.map(_plain, self.totals), "table": rest}
         if self.leads:
             self.checkpoints.save(self.phase, saved, situations, extra)
-            if last and self.args.sft.sft_every:
-                self._save_adapter(adapter)
 
-    def _save_adapter(self, adapter: Any) -> None:
+    def save_adapter(self, adapter: Any) -> None:
+        """Writes what the adapter has learnt, if it is fine-tuned at all."""
+        if not (self.leads and self.args.sft.sft_every):
+            return
         try:
             adapter.save(self.folder / "adapter")
         except OSError as error:
@@ -306,7 +310,7 @@ class Run:
             lost = [line for line in run_folder.read_log(self.folder, "guidance.jsonl") if line["phase"] >= self.phase]
             for name in ("calls", "cost", "prompt_tokens", "completion_tokens"):
                 self.add(**{f"llm_{name}": sum(line[name] for line in lost)})
-        guide.resume(self.totals["llm_queries"], self.totals["llm_calls"], self.totals["llm_cost"])
+        guide.resume(self.totals["llm_questions"], self.totals["llm_calls"], self.totals["llm_cost"])
         if self.leads:
             run_folder.cut_logs(self.folder, self.phase)
         return runner, situations
@@ -357,5 +361,5 @@ class StopRequest:
 
 
 def _plain(value: Any) -> Any:
-    """A number or a list of numbers, for JSON."""
+    """Returns a number or a list of numbers, for JSON."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value

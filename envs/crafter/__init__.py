@@ -41,7 +41,7 @@ CRAFTER = Game(
 
 
 def make_env(num_envs: int, num_devices: int) -> "CraftaxEnv":  # noqa: F821
-    """The env for num_envs parallel games on that many devices."""
+    """Makes the env for num_envs parallel games on that many devices."""
     from envs.crafter.env import CraftaxEnv  # late: craftax takes seconds to import
 
     # From 2,048 envs on 1, 2, 4 and 8 devices have the same pools, and so the same results. Below that, as many pools

@@ -55,7 +55,6 @@ class CraftaxEnv:
     first, and counted in `pool.reused`.
     """
 
-    name: str = "Craftax-Classic-Symbolic-v1"
     pool_size: int = 64
     num_pools: int = 1
     params: EnvParams = EnvParams()
@@ -153,7 +152,7 @@ def _start_episodes(state: VectorState, done: jax.Array) -> VectorState:
 
 
 def observe_one(state: EnvState) -> jax.Array:
-    """Everything that matters about one game in 167 bytes; the layout is that of `envs.captions`.
+    """Everything that matters about one game in 167 bytes; the layout is that of `envs.crafter.captions`.
 
     Equal to craftax's symbolic observation but for its mob map, where a mob out of view can hide one in view (an index
     that wraps around, Craftax issue 57), and for the light, rounded to 1/255.

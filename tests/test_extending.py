@@ -213,3 +213,52 @@ def test_prompt_can_be_reworded(fork, tmp_path):
     for line in lines(tmp_path / "run/guidance.jsonl"):
         assert line["messages"][1]["content"].startswith("The player reports: I stand before a")
         assert line["sub_goals"] and not line["error"]
+
+
+def test_pointer_memory_and_features(fork, tmp_path):
+    rl = fork("pointer")
+    train(rl, "pointer", tmp_path / "run")
+    args = rl.Args(
+        env_id="Toy-v0", num_envs=8, num_steps=11, num_minibatches=2, hidden_size=16, rnn_size=8,
+        table=rl.TableArgs(guidance_rows=4, trials=False),
+    )  # fmt: skip
+    env = rl.devices.share_env(rl.make_env, args.env_id, args.num_envs, args.minibatch_size, 1)
+    host_table = rl.HostTable(args.table, env)
+    for goal in (1, 0):  # drink water in view, then chop tree
+        situation = np.arange(2) == goal
+        question = rl.llm_client.Question(np.zeros(2, np.uint8), situation, [], None)
+        question.advice = ((2, ((goal, True),)), (goal, ((goal, True),)))  # "rest" is more urgent and is about no thing
+        host_table.store([question])
+    table = host_table.for_training()
+    agent, params = rl.make_agent(args, env, table, jax.random.key(0))
+    runner, _ = rl.init_runner(args, agent, params, jax.random.key(1))
+    runner, exposure = rl.draw_exposure(agent, runner, table)
+    rollout = jax.jit(rl.rollout, static_argnums=(0, 1))
+    runner, _, _ = rollout(args, agent, runner, table, exposure)
+    runner, transitions, _ = rollout(args, agent, runner, table, exposure)  # begins within an episode of 8 steps
+    assert transitions.done[:-1].any() and transitions.memory[0].any()
+    _, losses = rl.ppo_loss(args, agent, params, table, transitions, transitions.reward, transitions.reward)
+    assert abs(float(losses["approx_kl"])) < 1e-6 and float(losses["clipfrac"]) == 0
+    target = transitions.obs[..., 0]
+    np.testing.assert_array_equal(transitions.pointed[..., 0], target)  # the tree or the lake that is in view
+    assert (transitions.pointed[..., 1] == 2).all()  # nothing else is
+
+
+def test_pointer_nearest_by_a_loop(fork):
+    fork("pointer")
+    near = importlib.import_module("envs.nearest")
+    rng = np.random.default_rng(0)
+    seen, front = rng.random((50, 3, 7, 9)) < 0.05, rng.integers(63, size=50)
+    found = np.asarray(near.nearest(jnp.asarray(seen), jnp.asarray(front)))
+    for i, k in np.ndindex(50, 3):
+        cells = [(abs(y - 3) + abs(x - 4), max(abs(y - 3), abs(x - 4)), y, x) for y, x in np.argwhere(seen[i, k])]
+        numbers = found[i, k]
+        assert numbers[14] == seen[i, k].ravel()[front[i]] and numbers[near.PRESENT] == bool(cells)
+        if not cells:
+            assert not numbers[:14].any()
+            continue
+        distance, reach, y, x = min(cells)
+        dy, dx = y - 3, x - 4
+        expected = [dx > 0, dx < 0, dy > 0, dy < 0, dx == 0, dy == 0, distance <= 1, distance <= 2, distance <= 3,
+                    reach <= 1, abs(dx) > abs(dy), 1, abs(dx) / 4, abs(dy) / 3]  # fmt: skip
+        np.testing.assert_allclose(numbers[:14], expected, atol=1e-6)

@@ -50,10 +50,10 @@ from utils.llm_http import estimate_tokens  # noqa: E402
 ENV_ID = "Craftax-Classic-Symbolic-v1"
 SHORTER = 512  # env steps of a turn with craftax's own auto-reset, which is slow
 DEFAULTS = "unguided, our defaults (64 envs)"
-TRAININGS = {
-    "unguided": {"guidance": "none"},
-    "guided": {},
-    "guided, no adapter": {"sft": SftArgs(adapter="none")},
+TRAININGS: dict[str, Callable[[rl.Args], rl.Args]] = {
+    "unguided": lambda args: replace(args, guidance="none"),
+    "guided": lambda args: args,
+    "guided, no adapter": lambda args: replace(args, sft=replace(args.sft, adapter="none")),
 }
 # What --check compares: (name, numerator, denominator)
 RATIOS = (
@@ -395,7 +395,7 @@ def measure_envs(setting: Setting, _: Path) -> tuple[dict[str, Player], dict[str
 def measure_trainings(setting: Setting, folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Trainings, and a rollout once more, to be compared with what is beside it."""
     args = setting.args
-    trainees = {name: Trainee(replace(args, **changes), folder / name) for name, changes in TRAININGS.items()}
+    trainees = {name: Trainee(change(args), folder / name) for name, change in TRAININGS.items()}
     steps = dict.fromkeys(trainees, steps_of_turn(args)) | {"rollout": args.batch_size}
     players = trainees | {"rollout": Player(*rollout(setting))}
     take_turns(players, setting.training_turns)

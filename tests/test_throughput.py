@@ -54,6 +54,7 @@ def test_any_number_of_envs_asks_and_tunes_as_often_per_env_step():
     for setting in throughput.settings_of(throughput.Options(num_envs=(16, 64, 256, 1024, 4096))):
         args = setting.args
         rl.check_args(args)
+        assert {change(args).sft.sft_every for change in throughput.TRAININGS.values()} == {args.sft.sft_every}
         steps = args.updates_per_phase * args.batch_size
         usual = default.updates_per_phase * default.batch_size
         assert args.table.queries_per_phase / steps == default.table.queries_per_phase / usual

@@ -185,16 +185,16 @@ class Run:
         self.guide, self.checkpoints = guide, Checkpoints(self.folder) if self.leads else None
         if self.args.resume:
             runner, situations = self._restore(env, runner, situations, table, adapter, guide)
-        self.log = NoLog()
-        if self.leads:
-            self.log = Log(self.folder, self.args.track, flags(self.args), first_step=self.totals["global_step"])
+        first_step = self.totals["global_step"]
+        self.log = Log(self.folder, self.args.track, flags(self.args), first_step) if self.leads else NoLog()
         self.setup_seconds = time.perf_counter() - self.made_at
         self.stop.listen(self.console)
         status = TextColumn("{task.percentage:>3.0f}%  {task.fields[status]}")
         columns = TextColumn("{task.description}"), BarColumn(), status, TimeElapsedColumn(), TimeRemainingColumn()
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        done = self.totals["global_step"]
-        self.task = self.progress.add_task("training", total=self.args.total_steps, completed=done, status="compiling")
+        self.task = self.progress.add_task(
+            "training", total=self.args.total_steps, completed=first_step, status="compiling"
+        )
         say = f"training in {self.folder}; the first phase includes compilation"
         self.console.print(say, markup=False, highlight=False, soft_wrap=True)
         self.progress.start()
@@ -277,8 +277,7 @@ class Run:
         last = self.stopped or self.finished
         if not (last or self.due(self.args.save_every)):
             return
-        arrays, rest = table.state()
-        saved = {"runner": env.to_host(runner), "table": arrays, "adapter": to_numpy(adapter.state())}
+        saved, rest = saved_arrays(env, runner, table, adapter)
         extra = {"totals": jax.tree.map(_plain, self.totals), "table": rest}
         if self.leads:
             self.checkpoints.save(self.phase, saved, situations, extra)
@@ -296,7 +295,7 @@ class Run:
         self, env: devices.SharedEnv, runner: Any, situations: Situations, table: Any, adapter: Any, guide: Any
     ) -> tuple[Any, Situations]:
         """Reads the newest checkpoint. The leader reads, and hands the others what they need."""
-        saved = {"runner": env.to_host(runner), "table": table.state()[0], "adapter": to_numpy(adapter.state())}
+        saved, _ = saved_arrays(env, runner, table, adapter)
         phase, extra = 0, {}
         if self.leads:
             phase, saved, situations, extra = self.checkpoints.restore(saved, situations)
@@ -358,6 +357,12 @@ class StopRequest:
         """Gives Ctrl-C back to whoever had it."""
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
+
+
+def saved_arrays(env: devices.SharedEnv, runner: Any, table: Any, adapter: Any) -> tuple[dict[str, Any], Any]:
+    """Returns the arrays of a checkpoint, and the rest of the table. All processes must call it."""
+    arrays, rest = table.state()
+    return {"runner": env.to_host(runner), "table": arrays, "adapter": to_numpy(adapter.state())}, rest
 
 
 def _plain(value: Any) -> Any:

@@ -2,42 +2,41 @@
 
     pause   questions = table.choose_questions(env, situations)   situations that no advice serves
             table.store(questions)                                each sub-goal with its reasons: a row
-    step    advised_sub_goals(...)                                one matmul finds the rows that fit
+    step    in advice.py, on the device: the rows that fit, the things that they point at
     update  row_outcomes(...)                                     visits, returns, sub-goals reached
     phase   table.add_outcomes(outcomes)                          comprehension and trials, per row
             table.examples("best")                                analyses to tune the adapter on
 
 A row is one piece of *advice*: a sub-goal and its reasons, the facts (true or false) that it rests
 on. It serves every situation that agrees in those facts. A *trial* is an A/B test of one row: its
-advice is withheld from one env in eight. docs/rladapter.md has a glossary.
+advice is withheld from one env in eight, for a phase at a time. docs/rladapter.md has a glossary.
 
 K rows, P facts, S sub-goals of which G are basic, N envs, T steps, D size of an embedding.
 Sums of shape (K, 2, ...) are for steps WITHOUT and WITH the advice.
 """
 
 import dataclasses
-import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from advice import NEVER, TOLERANCE, GuidanceTable
 from envs.game import Game, Literals
 from llm_client import Question
 from utils import trials
 from utils.comprehension import SCORES, Understood
 from utils.embeddings import make_embedding
+from utils.ranking import ranks
 from utils.selection import farthest_first
-from utils.trials import MIN_VISITS, WITH, add_up_visits
+from utils.trials import MIN_VISITS, WITH
 
 OUTCOME_DECAY = 0.9  # what a visit of the phase before still counts: its policy is gone
 MAX_ASKED = 4096  # situations asked about that are remembered
 MAX_ANALYSES = 512  # latest analyses that fine-tuning chooses from
-TOLERANCE = 0  # a row also serves a situation that differs in so many of the facts it rests on
-NEVER = 1e6  # wrong facts of an empty row
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class TableArgs:
     queries_per_phase: int = 16
     """questions to the guide at a pause, at most"""
     trials: bool = True
-    """A/B test of advice: each piece is withheld from 1 in 8 envs, to measure whether it helps"""
+    """A/B test of advice: two pieces at a time are withheld from 1 in 8 envs each, to measure whether they help"""
     comprehension: Literal["cosine", "cosine-actions", "binary", "success", "none"] = "cosine"
     """how well advice was understood. cosine: between embeddings of the sub-goals reached and advised; cosine-actions:
     of the actions taken, as in the paper; binary: was the advised sub-goal reached; success: share of visits that
@@ -62,86 +61,6 @@ class TableArgs:
 
 
 LIMITS = {"guidance_rows": (1, 2**16), "queries_per_phase": (0, 2**16)}
-
-
-# --------------------------------------------------------------------------------------------------
-# On the device
-# --------------------------------------------------------------------------------------------------
-
-
-def pytree(cls: type) -> type:
-    """Makes a class a frozen dataclass that jax can take apart."""
-    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
-
-
-@pytree
-class GuidanceTable:
-    """What the guide said, fixed between two pauses. facts @ weights + offset counts wrong facts."""
-
-    weights: jax.Array  # (P, K) f32, -1: this fact must be true, 1: it must be false, 0: either
-    offset: jax.Array  # (K,) f32, how many facts must be true; NEVER for an empty row
-    goals: jax.Array  # (K, S) bool, one-hot, the advised sub-goal
-    show_probability: jax.Array  # (K,) f32, that an env is given this advice in a phase
-    sub_goal_embeddings: jax.Array  # (S, D) f32
-
-
-@pytree
-class Exposure:
-    """Which envs are given which advice, drawn once per phase."""
-
-    shown: jax.Array  # (N, K) bool
-    pinned: jax.Array  # (N, K) bool, rows that fitted at the pause, for --guidance-lookup pause
-
-
-def draw_exposure(table: GuidanceTable, key: jax.Array, facts: jax.Array) -> Exposure:
-    """Draws who is given what, and finds the rows that fit the facts (N, P) now."""
-    shown = jax.random.uniform(key, (facts.shape[0], len(table.offset))) < table.show_probability
-    return Exposure(shown, fitting_rows(table, facts))
-
-
-def fitting_rows(table: GuidanceTable, facts: jax.Array) -> jax.Array:
-    """Finds the rows whose reasons hold: (N, P) -> (N, K)."""
-    return facts.astype(jnp.float32) @ table.weights + table.offset <= TOLERANCE + 0.5
-
-
-def rows_in_force(args: TableArgs, table: GuidanceTable, exposure: Exposure, facts: jax.Array) -> jax.Array:
-    """Finds the rows that fit at this step, or that fitted at the pause: (N, P) -> (N, K)."""
-    return fitting_rows(table, facts) if args.guidance_lookup == "step" else exposure.pinned
-
-
-def advised_sub_goals(args: TableArgs, table: GuidanceTable, exposure: Exposure, facts: jax.Array) -> jax.Array:
-    """Looks up what each env is advised: (N, P) -> (N, S)."""
-    rows = rows_in_force(args, table, exposure, facts) & exposure.shown
-    return rows.astype(jnp.float32) @ table.goals.astype(jnp.float32) > 0
-
-
-def row_outcomes(
-    args: TableArgs, env: Any, table: GuidanceTable, exposure: Exposure, transitions: Any, returns: jax.Array
-) -> dict[str, jax.Array]:
-    """Adds up what came of each row in one rollout: sums (K, 2, ...) of `utils.trials.add_up_visits`.
-
-    Args:
-        transitions: of T steps and N envs, with facts, action, reached, done
-        returns: (T, N) f32, the env's discounted reward from a step to the end of the rollout. With
-            neither bonus nor value function: both would favour advice that promises more bonus.
-    """
-    done, num_basic = transitions.done, env.game.num_basic
-    fresh = jnp.concatenate([jnp.zeros_like(done[:1]), done[:-1]])  # (T, N), an episode begins
-    action = jax.nn.one_hot(transitions.action, len(env.game.actions))
-    steps = (transitions.facts, transitions.reached, action, returns, fresh)
-
-    goals = table.goals[:, :num_basic].astype(jnp.float32)
-
-    def add_up(shown: jax.Array, pinned: jax.Array, *steps: jax.Array) -> jax.Array:
-        in_force = functools.partial(rows_in_force, args, table, Exposure(shown, pinned))
-        return add_up_visits(in_force, goals, shown, steps)[None]
-
-    # Every device adds up its own envs: they meet once and not at every step.
-    add_up = env.map_over_envs(add_up, (0, 0, *[1] * len(steps)))
-    sums = add_up(exposure.shown, exposure.pinned, *steps).sum(0)
-    names = ("visits", "returns", "squares", "successes", "steps")
-    outcomes = {name: sums[..., i] for i, name in enumerate(names)}
-    return outcomes | {"reached": sums[..., 5 : 5 + num_basic], "actions": sums[..., 5 + num_basic :]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -160,6 +79,8 @@ def empty_rows(num_rows: int, obs_size: int, game: Game) -> SimpleNamespace:
         goal=np.zeros(num_rows, np.int32),  # the advised sub-goal
         advice_id=np.zeros(num_rows, np.int64),  # tells advice from the next one in this row
         times_asked=np.zeros(num_rows, np.int32),  # how often it was asked about again
+        times_tried=np.zeros(num_rows, np.int32),  # in how many phases it was on trial
+        before=np.zeros((num_rows, num_rows), np.int32),  # in how many replies it stood before that row
         trial=np.zeros(arms),  # sums over phases of difference / variance and of 1 / variance
         visits=np.zeros(arms),  # from here on: see `row_outcomes`
         steps=np.zeros(arms),
@@ -197,15 +118,20 @@ class HostTable:
 
     def for_training(self) -> GuidanceTable:
         """Makes the device's table: advice on trial is withheld from some envs."""
-        z = self.trial_z()
-        return self._on_device(trials.show_probability(z) if self.args.trials else np.ones(len(z)))
+        z, rows = self.trial_z(), self.rows
+        if not self.args.trials:
+            return self._on_device(np.ones(len(z)))
+        on_trial = trials.choose(z, rows.times_tried, rows.visits.sum(1))
+        rows.times_tried[on_trial] += 1
+        return self._on_device(trials.show_probability(z), on_trial)
 
     def for_evaluation(self) -> GuidanceTable:
         """Makes the device's table with all advice but what has proved harmful."""
         return self._on_device(self.trial_z() >= -trials.DECIDED_AT_SE)
 
-    def _on_device(self, show_probability: np.ndarray) -> GuidanceTable:
+    def _on_device(self, show_probability: np.ndarray, on_trial: Sequence[int] = ()) -> GuidanceTable:
         rows = self.rows
+        on_trial = [*on_trial, *[len(rows.valid)] * (trials.AT_ONCE - len(on_trial))]
         sign = np.where(rows.care, 1.0 - 2.0 * rows.situation, 0.0)
         offset = (rows.care & rows.situation).sum(1) + NEVER * ~rows.valid
         return GuidanceTable(
@@ -213,6 +139,9 @@ class HostTable:
             offset=jnp.asarray(offset, jnp.float32),
             goals=jnp.asarray(np.arange(len(self.game.sub_goals)) == rows.goal[:, None]),
             show_probability=jnp.asarray(show_probability, jnp.float32),
+            on_trial=jnp.asarray(on_trial, jnp.int32),
+            urgency=jnp.asarray(ranks(rows.before), jnp.float32),
+            kinds=jnp.asarray(self.game.kind_numbers[rows.goal], jnp.int32),
             sub_goal_embeddings=jnp.asarray(self.sub_goal_embeddings),
         )
 
@@ -281,9 +210,11 @@ class HostTable:
                 advice_id = self.rows.advice_id.max() + 1
                 for array in vars(self.rows).values():
                     array[row] = 0
+                self.rows.before[:, row] = 0
                 self.rows.obs[row], self.rows.situation[row] = question.obs, question.situation
                 self.rows.care[row], self.rows.goal[row] = care, goal
                 self.rows.valid[row], self.rows.advice_id[row] = True, advice_id
+            self.rows.before[list(question.rows.values()), row] += 1
             question.rows[goal] = row
         question.because = [self.reasons_text(row) for row in question.rows.values()]
 

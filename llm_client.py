@@ -50,9 +50,9 @@ DEADLINE = 600.0  # seconds that all calls of one pause may take
 class LlmArgs:
     """Flags of the guide."""
 
-    llm: Literal["rules", "http", "random", "replay"] = "rules"
+    llm: Literal["rules", "http", "random", "shuffled", "replay"] = "rules"
     """the guide that gives advice. rules: an offline stand-in that is no LLM; http: any OpenAI-compatible server;
-    random: a control; replay: what the guide of another run said"""
+    random: a control; shuffled: a control, rules with its sub-goals exchanged; replay: what another run's guide said"""
     llm_model: str = ""
     """name of the model for --llm http"""
     llm_base_url: str = "http://127.0.0.1:8000/v1"
@@ -452,6 +452,17 @@ class RulesGuide(Guide):
         return format_reply(self.game, advice[:MAX_SUB_GOALS])
 
 
+class ShuffledGuide(RulesGuide):
+    """A control: what `rules` says, in its order and for its reasons, but with other sub-goals, exchanged once."""
+
+    name = "shuffled"
+
+    def answer(self, question: Question) -> str:
+        others = np.random.default_rng(self.seed).permutation(self.game.num_basic)
+        reply = json.loads(super().answer(question))["sub_goals"].items()
+        return format_reply(self.game, [(int(others[self.game.sub_goal_numbers[name]]), why) for name, why in reply])
+
+
 class RandomGuide(Guide):
     """Gives three random basic sub-goals (all, where there are fewer), each for two random facts of the situation."""
 
@@ -636,12 +647,12 @@ def make_guide(args: LlmArgs, game: Game, seed: int) -> Guide:
     """Makes the guide that --llm names. Raises ValueError, one line, where that guide cannot work."""
     if args.llm == "rules":
         return RulesGuide(game, seed)
-    if args.llm == "random":
-        return RandomGuide(game, seed)
+    if args.llm in ("random", "shuffled"):
+        return {"random": RandomGuide, "shuffled": ShuffledGuide}[args.llm](game, seed)
     if args.llm == "replay":
         return ReplayGuide(game, args.llm_replay)
     if args.llm != "http":
-        raise ValueError(f"--llm {clean(args.llm, 80)!r} is unknown: use rules, http, replay or random")
+        raise ValueError(f"--llm {clean(args.llm, 80)!r} is unknown: use rules, http, random, shuffled or replay")
     guide = HttpGuide(
         game,
         args.llm_base_url,

@@ -10,14 +10,14 @@ agent; the outcome trains the adapter.
        |
        +--- per row: visits, returns, sub-goals reached  -->  comprehension, trials  -->  fine-tuning of the adapter
 
-    python rladapter_ppo.py --seed 1                  # 1M steps of Crafter, offline guide, about 4 minutes
+    python rladapter_ppo.py --seed 1                  # 1M steps of Crafter, offline guide, about 8 minutes
     python rladapter_ppo.py --guidance none           # plain PPO
     python rladapter_ppo.py --llm http --llm-base-url http://127.0.0.1:8000/v1 --llm-model NAME
     python rladapter_ppo.py --resume runs/...         # go on where a run was stopped
 
 Paper: RLAdapter / AdaRefiner, arXiv 2309.17176. The file reads top to bottom: flags, pytrees, network, what is jitted
-(rollout, GAE, loss, update, evaluation), and `main`, the loop. The table is in guidance.py, the adapter in
-rladapter_adapter.py, the guide in llm_client.py.
+(loss, GAE, update, rollout, evaluation), and `main`, the loop. What the policy is told is in advice.py, the table in
+guidance.py, the adapter in rladapter_adapter.py, the guide in llm_client.py.
 """
 
 import dataclasses
@@ -40,10 +40,12 @@ from flax import nnx
 import guidance
 import llm_client
 import rladapter_adapter
+from advice import CONTEXTS, ContextVectors, Exposure, GuidanceTable, NoContext, draw_exposures, pytree
 from envs import make_env
 from envs.game import Game
+from envs.nearest import NUM_FEATURES, pointed
 from envs.scores import episode_metrics, score
-from guidance import Exposure, GuidanceTable, HostTable, TableArgs, pytree
+from guidance import HostTable, TableArgs
 from llm_client import LlmArgs, NoGuide, make_guide
 from rladapter_adapter import NoAdapter, SftArgs, make_adapter, write_analyses
 from utils import devices, runs
@@ -86,11 +88,13 @@ class Args:
     """learning rate of PPO's Adam"""
     num_envs: int = 64
     """parallel games"""
-    num_steps: int = 96
+    num_steps: int = 64
     """steps of a rollout, per env and update"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the run"""
-    gamma: float = 0.925
+    lr_warmup: float = 0.05
+    """share of the updates in which the learning rate rises from zero"""
+    gamma: float = 0.97
     """discount of future rewards"""
     gae_lambda: float = 0.625
     """lambda of generalized advantage estimation"""
@@ -99,17 +103,23 @@ class Args:
     update_epochs: int = 4
     """epochs that PPO makes on each rollout"""
     norm_adv: bool = True
-    """normalise advantages per minibatch"""
+    """normalise advantages over the batch"""
     clip_coef: float = 0.2
     """PPO's clipping range of the probability ratio"""
     ent_coef: float = 0.01
     """weight of the entropy bonus in the loss"""
-    vf_coef: float = 0.5
+    vf_coef: float = 1.0
     """weight of the value loss"""
+    predict_coef: float = 0.08
+    """weight of the auxiliary loss: how facts and nearest things change with an action is predicted; 0: no such loss"""
     max_grad_norm: float = 0.5
     """global norm at which the gradient is clipped"""
+    value_ema: float = 0.99
+    """decay, per minibatch, of the mean and variance that value targets are standardised by"""
     hidden_size: int = 256
     """width of the policy network's layers"""
+    rnn_size: int = 256
+    """width of the policy's memory, a GRU; 0: no memory"""
     updates_per_phase: int = 8
     """PPO updates between two pauses"""
 
@@ -119,6 +129,14 @@ class Args:
     guidance_bonus: float | None = None
     """reward for each step of work towards an advised sub-goal; default 0.1 with guidance, 0 without. Without guidance
     the bonus is for every basic sub-goal (a control experiment)"""
+    bonus_fade: float = 0.8
+    """share of the bonus that each repetition of a sub-goal in an episode pays of the one before"""
+    pointer: Literal["advice", "fixed", "none"] = "advice"
+    """what advice shows beside its embedding. advice: the places of the things that the two most urgent pieces are
+    about, and the action that one is; fixed: a control, the same of all sub-goals in a fixed order; none: as in the
+    paper"""
+    approach_bonus: float = 0.05
+    """reward for each step closer to the first thing that advice points at, and the price of each step away from it"""
     table: tyro.conf.OmitArgPrefixes[TableArgs] = TableArgs()
     sft: tyro.conf.OmitArgPrefixes[SftArgs] = SftArgs()
     llm: tyro.conf.OmitArgPrefixes[LlmArgs] = LlmArgs()
@@ -129,7 +147,7 @@ class Args:
 
     @property
     def minibatch_size(self) -> int:
-        return self.batch_size // self.num_minibatches
+        return self.num_envs // self.num_minibatches  # envs, each with all its steps
 
     @property
     def num_updates(self) -> int:
@@ -144,7 +162,7 @@ class Args:
         return min(1 if phase == 0 else self.updates_per_phase, self.num_updates - updates_done)
 
     @property
-    def context(self) -> "type[NoContext]":
+    def context(self) -> type[NoContext]:
         return CONTEXTS[self.guidance]
 
     @property
@@ -167,6 +185,10 @@ class Transition:
     obs: jax.Array  # (N, O) uint8
     facts: jax.Array  # (N, P) bool
     advised: jax.Array  # (N, S) bool, what the policy was advised
+    pointed: jax.Array  # (N, 2) int32, the kinds of things that advice points at; W for nothing
+    hinted: jax.Array  # (N,) int32, the action that advice is; A for none
+    previous: jax.Array  # (N,) int32, the action before; A where an episode begins
+    memory: jax.Array  # (N, R) f32, of the policy before this step; zero where an episode begins
     action: jax.Array  # (N,) int32
     log_prob: jax.Array  # (N,) f32
     value: jax.Array  # (N,) f32
@@ -187,43 +209,99 @@ class Runner:
     update: jax.Array  # () int32
     episodic_return: jax.Array  # (N,) f32, so far, without bonus
     episodic_length: jax.Array  # (N,) int32
+    value_stats: jax.Array  # (2,) f32, running mean of value targets and of their squares
+    previous: jax.Array  # (N,) int32, last action; A where an episode begins
+    memory: jax.Array  # (N, R) f32, of the policy; zero where an episode begins
+    paid: jax.Array  # (N, G) int32, how often a bonus was paid for each sub-goal in this episode
 
 
 # --------------------------------------------------------------------------------------------------
 # Network
 # --------------------------------------------------------------------------------------------------
 
-# Context vectors (B, D) as weights (B, M) @ basis (M, D). They are never formed: few vectors make up all of them, and
-# to project those instead of every sample's sum is many times cheaper.
-ContextVectors = list[tuple[jax.Array, jax.Array]]
-
 
 class ActorCritic(nnx.Module):
-    """Features and context are summed in the first layer, as in the paper; actor and critic have one of their own."""
+    """Features and context are summed in the first layer; a GRU remembers; actor and critic see both.
 
-    def __init__(self, num_features: int, context_sizes: list[int], num_actions: int, width: int, rngs: nnx.Rngs):
+    Heads on [memory, embedding] and layer norm before every dense layer. The input projection of the GRU is outside of
+    the scan: on a CPU small products in a loop are what costs.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        context_sizes: list[int],
+        num_actions: int,
+        num_changes: int,
+        width: int,
+        rnn_size: int,
+        rngs: nnx.Rngs,
+    ):
         hidden_init = nnx.initializers.orthogonal(math.sqrt(2.0))
-        self.features = nnx.Linear(num_features, width, kernel_init=hidden_init, rngs=rngs)
-        linear = functools.partial(nnx.Linear, use_bias=False, kernel_init=hidden_init, rngs=rngs)
-        self.context = nnx.List([linear(size, width) for size in context_sizes])
+        dense = functools.partial(nnx.Linear, kernel_init=hidden_init, rngs=rngs)
+        self.num_actions, self.rnn_size = num_actions, rnn_size
+        self.features = dense(num_features, width)
+        self.context = nnx.List([dense(size, width, use_bias=False) for size in context_sizes])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.actor_hidden = nnx.Linear(width, width, kernel_init=hidden_init, rngs=rngs)
+        if rnn_size:
+            recurrent = functools.partial(nnx.Linear, kernel_init=nnx.initializers.orthogonal(1.0), rngs=rngs)
+            self.gru_in = recurrent(width + num_actions, 3 * rnn_size)
+            self.gru_memory = recurrent(rnn_size, 3 * rnn_size)
+            self.memory_norm = nnx.LayerNorm(rnn_size, rngs=rngs)
+        self.actor_hidden = dense(width + rnn_size, width)
         self.actor_norm = nnx.LayerNorm(width, rngs=rngs)
-        self.actor = nnx.Linear(width, num_actions, kernel_init=nnx.initializers.orthogonal(0.01), rngs=rngs)
-        self.critic_hidden = nnx.Linear(width, width, kernel_init=hidden_init, rngs=rngs)
+        small = nnx.initializers.orthogonal(0.01)
+        self.actor = nnx.Linear(width, num_actions, kernel_init=small, rngs=rngs)
+        self.follow = nnx.Linear(width, 1, kernel_init=small, bias_init=nnx.initializers.ones, rngs=rngs)
+        self.critic_hidden = dense(width + rnn_size, width)
         self.critic_norm = nnx.LayerNorm(width, rngs=rngs)
         self.critic = nnx.Linear(width, 1, kernel_init=nnx.initializers.orthogonal(1.0), rngs=rngs)
+        self.change_hidden = dense(width + rnn_size + num_actions, width)
+        self.change_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.change = nnx.Linear(width, num_changes, kernel_init=small, rngs=rngs)
 
-    def __call__(self, features: jax.Array, context: ContextVectors) -> tuple[jax.Array, jax.Array]:
-        """Maps features (..., F) to logits (..., A) and value (...)."""
+    def __call__(
+        self, features: jax.Array, context: ContextVectors, hinted: jax.Array, previous: jax.Array, memory: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Maps features (T, B, F), hinted and previous actions (T, B) and the memory (B, R) before them.
+
+        Returns:
+            logits (T, B, A), value (T, B), the memory after them, and for `predict` the hidden layer (T, B, H)
+        """
         inputs = jnp.concatenate([features, *(weights for weights, _ in context)], -1)
         projected = [layer(basis) for layer, (_, basis) in zip(self.context, context, strict=True)]  # (M, width) each
         kernel = jnp.concatenate([self.features.kernel[...], *projected])  # one matmul is cheaper than a sum of them
-        bias = self.features.bias[...].reshape((1,) * (inputs.ndim - 1) + (-1,))
-        x = nnx.relu(self.norm(inputs @ kernel + bias))
-        logits = self.actor(nnx.relu(self.actor_norm(self.actor_hidden(x))))
+        x = nnx.relu(self.norm(inputs @ kernel + self.features.bias[...]))
+        if self.rnn_size:
+            memories, memory = self.remember(x, previous, memory)
+            x = jnp.concatenate([self.memory_norm(memories), x], -1)
+        acting = nnx.relu(self.actor_norm(self.actor_hidden(x)))
+        # How far to follow a hint is one number for all actions, so what it learns of one it knows of the others.
+        logits = self.actor(acting) + self.follow(acting) * jax.nn.one_hot(hinted, self.num_actions)
         value = self.critic(nnx.relu(self.critic_norm(self.critic_hidden(x))))
-        return logits, value[..., 0]
+        return logits, value[..., 0], memory, x
+
+    def predict(self, hidden: jax.Array, action: jax.Array) -> jax.Array:
+        """Predicts how what is seen changes with an action: hidden (T, B, H), action (T, B) -> (T, B, V)"""
+        acted = jnp.concatenate([hidden, jax.nn.one_hot(action, self.num_actions)], -1)
+        return self.change(nnx.relu(self.change_norm(self.change_hidden(acted))))
+
+    def remember(self, x: jax.Array, previous: jax.Array, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x (T, B, width), previous (T, B), memory (B, R) -> memories (T, B, R), the last one (B, R)"""
+        gates = self.gru_in(jnp.concatenate([x, jax.nn.one_hot(previous, self.num_actions)], -1))  # (T, B, 3 R)
+        kernel, bias = self.gru_memory.kernel[...], self.gru_memory.bias[...]
+
+        def step(memory: jax.Array, x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            gates_t, fresh_t = x
+            memory = jnp.where(fresh_t[:, None], 0.0, memory)
+            reset_x, update_x, new_x = jnp.split(gates_t, 3, -1)
+            reset_h, update_h, new_h = jnp.split(memory @ kernel + bias, 3, -1)
+            reset, update = jax.nn.sigmoid(reset_x + reset_h), jax.nn.sigmoid(update_x + update_h)
+            memory = (1 - update) * jnp.tanh(new_x + reset * new_h) + update * memory
+            return memory, memory
+
+        last, memories = jax.lax.scan(step, memory, (gates, previous == self.num_actions))
+        return memories, last
 
 
 @dataclass(frozen=True)
@@ -232,14 +310,16 @@ class Agent:
 
     env: devices.SharedEnv
     graphdef: Any
-    context: "type[NoContext]"
+    context: type[NoContext]
 
     def __call__(
-        self, params: Pytree, table: GuidanceTable, obs: jax.Array, advised: jax.Array, facts: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Maps obs (..., O), advised (..., S) and facts (..., P) to logits (..., A) and value (...)."""
-        network = nnx.merge(self.graphdef, params)
-        return network(self.env.features(obs), self.context.vectors(table, advised, facts))
+        self, params: Pytree, table: GuidanceTable, seen: dict[str, jax.Array], memory: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Maps what is seen (T, B, ...) and the memory (B, R) before it as `ActorCritic` does; values standardised."""
+        network, near = nnx.merge(self.graphdef, params), self.env.nearest(seen["obs"])
+        parts = [self.env.features(seen["obs"]), near.reshape(*near.shape[:-2], -1), pointed(near, seen["pointed"])]
+        context = self.context.vectors(table, seen)
+        return network(jnp.concatenate(parts, -1), context, seen["hinted"], seen["previous"], memory)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -247,9 +327,25 @@ class Agent:
 # --------------------------------------------------------------------------------------------------
 
 
+SEEN = ("obs", "facts", "advised", "pointed", "hinted", "previous")  # of a Transition, what the policy looks at
+
+
 def action_log_prob(logits: jax.Array, action: jax.Array) -> jax.Array:
     """Picks the log-probability of actions: (..., A), (...) -> (...)"""
     return jnp.take_along_axis(jax.nn.log_softmax(logits), action[..., None], axis=-1)[..., 0]
+
+
+def predict_loss(agent: Agent, params: Pytree, hidden: jax.Array, batch: Transition) -> jax.Array:
+    """Computes the squared error of the predicted change of facts and nearest things, summed over them, () f32.
+
+    A policy that must foresee what its actions do learns sooner what to do. What the last step of a rollout leads to
+    is not stored, and what ends an episode leads nowhere: both are left out.
+    """
+    near = agent.env.nearest(batch.obs)
+    state = jnp.concatenate([near.reshape(*near.shape[:-2], -1), batch.facts.astype(jnp.float32)], -1)  # (T, B, V)
+    predicted = nnx.merge(agent.graphdef, params).predict(hidden[:-1], batch.action[:-1])
+    error = jnp.square(predicted - (state[1:] - state[:-1])).sum(-1)
+    return (error * ~batch.done[:-1]).mean()
 
 
 def ppo_loss(
@@ -261,22 +357,24 @@ def ppo_loss(
     advantages: jax.Array,
     returns: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes PPO's loss of one minibatch (B,), and what is logged about it."""
-    logits, value = agent(params, table, batch.obs, batch.advised, batch.facts)
+    """Computes PPO's loss of one minibatch (T, B), and what is logged about it; values are standardised."""
+    seen = {name: getattr(batch, name) for name in SEEN}
+    logits, value, _, hidden = agent(params, table, seen, batch.memory[0])
     log_ratio = action_log_prob(logits, batch.action) - batch.log_prob
     ratio = jnp.exp(log_ratio)
-    if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     clipped = jnp.clip(ratio, 1.0 - args.clip_coef, 1.0 + args.clip_coef)
     policy_loss = jnp.maximum(-advantages * ratio, -advantages * clipped).mean()
     value_loss = 0.5 * jnp.square(value - returns).mean()
     log_probs = jax.nn.log_softmax(logits)
     entropy = -(jnp.exp(log_probs) * log_probs).sum(-1).mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    prediction_loss = predict_loss(agent, params, hidden, batch) if args.predict_coef else jnp.zeros(())
+    loss += args.predict_coef * prediction_loss
     losses = {
         "policy_loss": policy_loss,
         "value_loss": value_loss,
         "entropy": entropy,
+        "predict_loss": prediction_loss,
         "approx_kl": ((ratio - 1.0) - log_ratio).mean(),
         "clipfrac": (jnp.abs(ratio - 1.0) > args.clip_coef).mean(),
     }
@@ -317,7 +415,13 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
 def learning_rate(args: Args, update: jax.Array) -> jax.Array:
     """Returns the learning rate of an update: it falls linearly to zero."""
     fraction = jnp.maximum(0.0, 1.0 - update / args.num_updates) if args.anneal_lr else 1.0
-    return args.learning_rate * fraction
+    warmed_up = (update + 1) / max(args.lr_warmup * args.num_updates, 1.0)
+    return args.learning_rate * fraction * jnp.minimum(1.0, warmed_up)
+
+
+def value_scale(stats: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and standard deviation of the value targets so far."""
+    return stats[0], jnp.sqrt(jnp.maximum(stats[1] - stats[0] ** 2, 1e-4))
 
 
 def update_agent(
@@ -327,104 +431,40 @@ def update_agent(
     advantages, returns = compute_gae(
         transitions.reward, transitions.value, transitions.done, last_value, args.gamma, args.gae_lambda
     )
-    # A minibatch is any of all samples, so each device needs them all, and takes its part of every minibatch.
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    # A minibatch is any of all envs, so each device needs them all, and takes its part of every minibatch.
     samples = agent.env.replicate((transitions, advantages, returns))
-    samples = jax.tree.map(lambda x: x.reshape(args.batch_size, *x.shape[2:]), samples)
     optimizer, rate = make_optimizer(args), learning_rate(args, runner.update)
 
     def minibatch(
-        carry: tuple[Pytree, Pytree], indices: jax.Array
-    ) -> tuple[tuple[Pytree, Pytree], dict[str, jax.Array]]:
-        params, opt_state = carry
+        carry: tuple[Pytree, Pytree, jax.Array], indices: jax.Array
+    ) -> tuple[tuple[Pytree, Pytree, jax.Array], dict[str, jax.Array]]:
+        params, opt_state, stats = carry
         indices = agent.env.shard(indices)
-        batch, batch_advantages, batch_returns = jax.tree.map(lambda x: x[indices], samples)
+        batch, batch_advantages, batch_returns = jax.tree.map(lambda x: x[:, indices], samples)
+        moments = jnp.stack([batch_returns.mean(), jnp.square(batch_returns).mean()])
+        stats = args.value_ema * stats + (1 - args.value_ema) * moments
+        mean, deviation = value_scale(stats)
+        targets = (batch_returns - mean) / deviation
         loss = functools.partial(ppo_loss, args, agent)
-        grads, losses = jax.grad(loss, has_aux=True)(params, table, batch, batch_advantages, batch_returns)
+        grads, losses = jax.grad(loss, has_aux=True)(params, table, batch, batch_advantages, targets)
         updates, opt_state = optimizer.update(grads, opt_state)
         params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
-        return (params, opt_state), losses
+        return (params, opt_state, stats), losses
 
     key, key_shuffle = jax.random.split(runner.key)
     keys = jax.random.split(key_shuffle, args.update_epochs)
-    order = jax.vmap(lambda k: jax.random.permutation(k, args.batch_size))(keys)
+    order = jax.vmap(lambda k: jax.random.permutation(k, args.num_envs))(keys)
     order = order.reshape(args.update_epochs * args.num_minibatches, -1)
-    (params, opt_state), losses = jax.lax.scan(minibatch, (runner.params, runner.opt_state), order)
+    carry = (runner.params, runner.opt_state, runner.value_stats)
+    (params, opt_state, stats), losses = jax.lax.scan(minibatch, carry, order)
     losses = jax.tree.map(jnp.mean, losses)
-    flat, _, flat_returns = samples
-    losses["explained_variance"] = 1.0 - jnp.var(flat_returns - flat.value) / (jnp.var(flat_returns) + 1e-8)
-    runner = dataclasses.replace(runner, params=params, opt_state=opt_state, key=key, update=runner.update + 1)
+    losses["explained_variance"] = 1.0 - jnp.var(returns - transitions.value) / (jnp.var(returns) + 1e-8)
+    runner = dataclasses.replace(
+        runner, params=params, opt_state=opt_state, value_stats=stats, key=key, update=runner.update + 1
+    )
     return runner, losses
-
-
-# --------------------------------------------------------------------------------------------------
-# What the policy is told, one class for each --guidance
-# --------------------------------------------------------------------------------------------------
-
-
-class NoContext:
-    """--guidance none: plain PPO. The base of the other contexts: what the policy is told, and what a bonus is for."""
-
-    guided = False  # do adapter and guide run?
-    rewards_anything = True  # is a bonus for every basic sub-goal, or for those that are advised?
-    default_bonus = 0.0
-    situations_per_update = 0  # of each rollout, for the next pause to choose from
-
-    @staticmethod
-    def advise(args: Args, table: GuidanceTable, exposure: Exposure, facts: jax.Array) -> jax.Array:
-        """Looks up advised sub-goals: facts (..., P) -> (..., S)"""
-        return jnp.zeros((*facts.shape[:-1], table.goals.shape[1]), bool)
-
-    @staticmethod
-    def vectors(table: GuidanceTable, advised: jax.Array, facts: jax.Array) -> ContextVectors:
-        """Makes what the network gets of advised (..., S) and facts (..., P)."""
-        return []
-
-    @staticmethod
-    def outcomes(args: Args, agent: "Agent", table: GuidanceTable, exposure: Exposure, transitions: Transition) -> dict:
-        """Adds up what came of each row in a rollout."""
-        return {}
-
-
-class FactsContext(NoContext):
-    """--guidance facts: the control. All that advice may rest on, and no advice."""
-
-    @staticmethod
-    def vectors(table: GuidanceTable, advised: jax.Array, facts: jax.Array) -> ContextVectors:
-        return [(facts.astype(jnp.float32), jnp.eye(facts.shape[-1]))]
-
-
-class AdviceContext(FactsContext):
-    """--guidance full: the advised sub-goals and the facts.
-
-    The facts, what is unlocked among them, are worth much to a policy without memory, and the guide has read them all:
-    a policy that is given advice but not its reasons loses to one that sees the facts alone.
-    """
-
-    guided = True
-    rewards_anything = False
-    default_bonus = 0.1
-    situations_per_update = 256
-
-    @staticmethod
-    def advise(args: Args, table: GuidanceTable, exposure: Exposure, facts: jax.Array) -> jax.Array:
-        return guidance.advised_sub_goals(args.table, table, exposure, facts)
-
-    @staticmethod
-    def vectors(table: GuidanceTable, advised: jax.Array, facts: jax.Array) -> ContextVectors:
-        """Adds up the advised sub-goals' embeddings, scales the sum to norm sqrt(D); and the facts."""
-        names, advised = table.sub_goal_embeddings, advised.astype(jnp.float32)  # (S, D)
-        squared_norm = ((advised @ (names @ names.T)) * advised).sum(-1, keepdims=True)
-        scale = math.sqrt(names.shape[1]) / jnp.sqrt(jnp.maximum(squared_norm, 1e-12))
-        return [(advised * scale, names), *FactsContext.vectors(table, advised, facts)]
-
-    @staticmethod
-    def outcomes(args: Args, agent: "Agent", table: GuidanceTable, exposure: Exposure, transitions: Transition) -> dict:
-        zeros = jnp.zeros_like(transitions.value)
-        _, returns = compute_gae(transitions.env_reward, zeros, transitions.done, zeros[0], args.gamma, 1.0)
-        return guidance.row_outcomes(args.table, agent.env, table, exposure, transitions, returns)
-
-
-CONTEXTS = {"full": AdviceContext, "facts": FactsContext, "none": NoContext}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -434,16 +474,32 @@ CONTEXTS = {"full": AdviceContext, "facts": FactsContext, "none": NoContext}
 
 def act(
     args: Args, agent: Agent, runner: Runner, table: GuidanceTable, exposure: Exposure, key: jax.Array
-) -> dict[str, jax.Array]:
-    """Looks at all envs, looks up what they are advised, asks the policy: the first six fields of `Transition`."""
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Looks at all envs, looks up what they are advised, asks the policy: fields of `Transition`; the new memory."""
     obs = agent.env.observe(runner.env_state)
     facts = agent.env.facts(obs)
-    advised = agent.context.advise(args, table, exposure, facts)
-    logits, value = agent(runner.params, table, obs, advised, facts)
-    action = jax.random.categorical(key, logits)
-    log_prob = action_log_prob(logits, action)
-    seen = {"obs": obs, "facts": facts, "advised": advised}
-    return seen | {"action": action, "log_prob": log_prob, "value": value}
+    known = agent.env.places(obs)[..., 2] > 0
+    advice = agent.context.advise(args, agent.env.game, table, exposure, facts, known)
+    seen = {"obs": obs, "facts": facts, "previous": runner.previous} | advice
+    step = jax.tree.map(lambda x: x[None], seen)
+    logits, value, memory, _ = agent(runner.params, table, step, runner.memory)
+    action = jax.random.categorical(key, logits[0])
+    log_prob = action_log_prob(logits[0], action)
+    mean, deviation = value_scale(runner.value_stats)
+    seen |= {"memory": runner.memory, "action": action, "log_prob": log_prob}
+    return seen | {"value": value[0] * deviation + mean}, memory
+
+
+def steps_closer(env: devices.SharedEnv, seen: dict[str, jax.Array], obs: jax.Array) -> jax.Array:
+    """Counts by how many steps, -1 to 1, the first thing pointed at is nearer in obs (N, O) than it was: (N,) f32.
+
+    A jump is no step: then the nearest thing of that kind is another one. There and back is worth nothing.
+    """
+    kind = jnp.minimum(seen["pointed"][:, 0], len(env.game.kinds) - 1)[:, None, None]
+    before, now = (jnp.take_along_axis(env.places(x), kind, 1)[:, 0] for x in (seen["obs"], obs))  # (N, 3)
+    steps = jnp.abs(before[:, :2]).sum(-1) - jnp.abs(now[:, :2]).sum(-1)
+    counts = (before[:, 2] > 0) & (now[:, 2] > 0) & (jnp.abs(steps) <= 1)
+    return steps * counts * (seen["pointed"][:, 0] < len(env.game.kinds))
 
 
 def play_step(
@@ -455,12 +511,21 @@ def play_step(
         the runner; what happened; achievements (N, A) at the end of the step
     """
     key_action, key_env = jax.random.split(key)
-    seen = act(args, agent, runner, table, exposure, key_action)
-    env_state, reward, done, info = agent.env.step(key_env, runner.env_state, seen["action"])
-    paid = seen["advised"][..., : agent.env.game.num_basic] | agent.context.rewards_anything
-    bonus = args.bonus * (info["worked"] & paid).sum(-1)
+    seen, memory = act(args, agent, runner, table, exposure, key_action)
+    state, reward, done, info = agent.env.step(key_env, runner.env_state, seen["action"])
+    worked = info["worked"] & (seen["advised"][..., : agent.env.game.num_basic] | agent.context.rewards_anything)
+    bonus = args.bonus * (worked * args.bonus_fade**runner.paid).sum(-1)
+    if args.approach_bonus and args.pointer != "none":
+        bonus += args.approach_bonus * steps_closer(agent.env, seen, agent.env.observe(state)) * ~done
     transition = Transition(**seen, reward=reward + bonus, env_reward=reward, done=done, reached=info["reached"])
-    return dataclasses.replace(runner, env_state=env_state), transition, info["achievements"]
+    runner = dataclasses.replace(
+        runner,
+        env_state=state,
+        memory=jnp.where(done[:, None], 0.0, memory),
+        previous=jnp.where(done, len(agent.env.game.actions), seen["action"]),
+        paid=jnp.where(done[:, None], 0, runner.paid + worked),
+    )
+    return runner, transition, info["achievements"]
 
 
 def rollout(
@@ -481,7 +546,8 @@ def rollout(
             "episodic_length": carry.episodic_length + 1,
         }
         begun = {name: jnp.where(transition.done, 0, value) for name, value in episode.items()}
-        return dataclasses.replace(carry, **begun), (transition, episode | {"achievements": achievements})
+        carry = dataclasses.replace(carry, **begun)
+        return carry, (transition, episode | {"achievements": achievements})
 
     runner, (transitions, episodes) = jax.lax.scan(step, runner, jax.random.split(key_steps, args.num_steps))
     env_state = agent.env.refill(key_refill, runner.env_state)
@@ -493,7 +559,7 @@ def draw_exposure(agent: Agent, runner: Runner, table: GuidanceTable) -> tuple[R
     """Draws which env is given which advice, from now on."""
     key, key_exposure = jax.random.split(runner.key)
     facts = agent.env.facts(agent.env.observe(runner.env_state))
-    return dataclasses.replace(runner, key=key), guidance.draw_exposure(table, key_exposure, facts)
+    return dataclasses.replace(runner, key=key), draw_exposures(table, key_exposure, facts)
 
 
 def add_up_ended(values: jax.Array, done: jax.Array) -> jax.Array:
@@ -514,7 +580,7 @@ def train_update(
     """
     runner, transitions, episodes = rollout(args, agent, runner, table, exposure)
     sums = jax.tree.map(lambda x: add_up_ended(x, transitions.done), episodes)
-    last_value = act(args, agent, runner, table, exposure, runner.key)["value"]
+    last_value = act(args, agent, runner, table, exposure, runner.key)[0]["value"]
     key, key_sample = jax.random.split(runner.key)
     runner = dataclasses.replace(runner, key=key)
     runner, losses = update_agent(args, agent, runner, table, transitions, last_value)
@@ -524,7 +590,7 @@ def train_update(
         "covered_steps": transitions.advised.any(-1).sum(dtype=jnp.float32),
         "episodes": transitions.done.sum(dtype=jnp.float32),
     }
-    outcomes = agent.context.outcomes(args, agent, table, exposure, transitions)
+    outcomes = agent.context.outcomes(args, agent.env, table, exposure, transitions)
     chosen = jax.random.randint(key_sample, (agent.context.situations_per_update,), 0, args.batch_size)
     met = {"obs": transitions.obs, "facts": transitions.facts}
     situations = jax.tree.map(lambda x: x.reshape(args.batch_size, -1)[chosen], met)
@@ -589,7 +655,7 @@ def evaluate(
     """
     per_env, achievements = -(-args.eval_episodes // args.num_envs), agent.env.game.achievements
     total, ended, sums = per_env * args.num_envs, np.zeros(args.num_envs, int), {}
-    runner, _ = init_runner(args, agent, params, agent.env.put(key))
+    runner, _ = init_runner(args, agent, params, agent.env.put(key))  # the scale of values does not matter here
     for chunk in itertools.count():
         if chunk % args.updates_per_phase == 0:  # as often as in training
             runner, exposure = draw_exposure(agent, runner, table)
@@ -623,6 +689,7 @@ LIMITS = {
     "num_minibatches": (1, 2**20),
     "update_epochs": (1, 1000),
     "hidden_size": (1, 2**16),
+    "rnn_size": (0, 2**14),
     "num_devices": (1, 2**16),
     "updates_per_phase": (1, 10**6),
     "eval_episodes": (1, 10**7),
@@ -631,11 +698,16 @@ LIMITS = {
     "gamma": (0, 1),
     "gae_lambda": (0, 1),
     "learning_rate": (0, 10),
+    "lr_warmup": (0, 1),
+    "value_ema": (0, 1),
     "clip_coef": (0, 10),
     "ent_coef": (0, 10),
     "vf_coef": (0, 100),
+    "predict_coef": (0, 100),
     "max_grad_norm": (0, 10**6),
     "guidance_bonus": (0, 100),
+    "bonus_fade": (0, 1),
+    "approach_bonus": (0, 100),
 }
 
 
@@ -644,7 +716,7 @@ def check_args(args: Args) -> None:
     check_ranges(args, LIMITS)
     for group, owner in ((args.table, guidance), (args.sft, rladapter_adapter), (args.llm, llm_client)):
         check_ranges(group, owner.LIMITS)
-    if args.batch_size % args.num_minibatches:
+    if args.num_envs % args.num_minibatches:
         raise ValueError(
             f"--num-minibatches: {args.num_envs} envs x {args.num_steps} steps = {args.batch_size} samples can't be "
             f"divided into {args.num_minibatches} minibatches; change --num-envs, --num-steps or --num-minibatches"
@@ -666,10 +738,14 @@ def phase_keys(key_phases: jax.Array, phase: int) -> jax.Array:
 def make_agent(args: Args, env: devices.SharedEnv, table: GuidanceTable, key: jax.Array) -> tuple[Agent, Pytree]:
     """Makes the network, split into its static and its trained half."""
     obs, facts = jnp.zeros((1, env.obs_size), jnp.uint8), jnp.zeros((1, len(env.game.facts)), bool)
-    vectors = args.context.vectors(table, jnp.zeros((1, len(env.game.sub_goals)), bool), facts)
-    num_features = jax.eval_shape(env.features, obs).shape[-1]
+    advised = jnp.zeros((1, len(env.game.sub_goals)), bool)
+    vectors = args.context.vectors(table, {"facts": facts, "advised": advised})
+    num_kinds = len(env.game.kinds)
+    num_features = jax.eval_shape(env.features, obs).shape[-1] + (num_kinds + 2) * NUM_FEATURES
     sizes = [basis.shape[1] for _, basis in vectors]
-    network = ActorCritic(num_features, sizes, len(env.game.actions), args.hidden_size, nnx.Rngs(key))
+    num_changes = num_kinds * NUM_FEATURES + len(env.game.facts)
+    widths = len(env.game.actions), num_changes, args.hidden_size, args.rnn_size
+    network = ActorCritic(num_features, sizes, *widths, nnx.Rngs(key))
     graphdef, params = nnx.split(network)
     return Agent(env, graphdef, args.context), params
 
@@ -680,8 +756,13 @@ def init_runner(args: Args, agent: Agent, params: Pytree, key: jax.Array) -> tup
     key_env, key = jax.random.split(key)
     env_state = agent.env.reset(key_env, args.num_envs)
     zeros = jnp.zeros(args.num_envs)
-    begun = agent.env.shard({"episodic_return": zeros, "episodic_length": zeros.astype(jnp.int32)})
+    begun = {"episodic_return": zeros, "episodic_length": zeros.astype(jnp.int32)}
+    begun["memory"] = jnp.zeros((args.num_envs, args.rnn_size))
+    begun["previous"] = jnp.full(args.num_envs, len(agent.env.game.actions), jnp.int32)
+    begun["paid"] = jnp.zeros((args.num_envs, agent.env.game.num_basic), jnp.int32)
+    begun = agent.env.shard(begun)
     shared = {"params": params, "opt_state": make_optimizer(args).init(params), "key": key, "update": jnp.int32(0)}
+    shared["value_stats"] = jnp.array([0.0, 1.0])
     runner = Runner(env_state=env_state, **begun, **agent.env.replicate(shared))
     obs = agent.env.observe(env_state)[: args.num_envs * agent.context.guided]
     return runner, agent.env.replicate({"obs": obs, "facts": agent.env.facts(obs)})

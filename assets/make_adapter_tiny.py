@@ -37,7 +37,7 @@ from random_situations import random_observations  # noqa: E402
 from envs import make_env  # noqa: E402
 from envs.crafter import CRAFTER  # noqa: E402
 from envs.crafter import vocabulary as words  # noqa: E402
-from envs.crafter.captions import Scene, read_caption  # noqa: E402
+from envs.crafter.captions import ABOUT, Scene, read_caption  # noqa: E402
 from rladapter_adapter import (  # noqa: E402
     INSTRUCTION,
     PROJECTIONS,
@@ -93,9 +93,8 @@ STATEMENTS = {
     "see": ("It sees {}.", "There is {} in view."), "hold": ("It holds {}.", "It has {}."), "lack": ("It has no {}.",),
     "low": ("It is low on {}.", "Its {} is low."),
 }  # fmt: skip
-NEAR_ZOMBIE, DARK, ASLEEP, ENCLOSED = (
-    "A zombie is near.", "It is dark.", "The player is asleep.", "The player is enclosed."
-)  # fmt: skip
+NEAR_ZOMBIE = "A zombie is near."
+PRESSING = ("evening", "dark", "asleep", "plant ripe by now")  # facts that the caption says in whole sentences
 ARTICLES = {"iron": "", "water": "", "stone": "", "coal": "", "lava": "", "arrow": "an "}  # all others: "a "
 LACKED = ("wood", "stone", "coal", "iron", "sapling", "wood pickaxe", "stone pickaxe", "wood sword")
 
@@ -113,8 +112,8 @@ def true_statements(scene: Scene) -> tuple[list[str], list[str]]:
     pressing = [s.format(name) for name, n in scene.vitals.items() if n <= words.LOW for s in STATEMENTS["low"]]
     if "zombie" in scene.sights and sum(map(abs, scene.sights["zombie"])) <= words.NEAR:
         pressing.append(NEAR_ZOMBIE)
-    pressing += [text for text, holds in ((DARK, scene.dark), (ASLEEP, scene.asleep)) if holds]
-    others = [ENCLOSED] if scene.enclosed else []
+    pressing += [ABOUT[fact] for fact in PRESSING if ABOUT[fact] in scene.about]
+    others = [text for fact, text in ABOUT.items() if fact not in PRESSING and text in scene.about]
     others += [s.format(ARTICLES.get(name, "a ") + name) for name in scene.sights for s in STATEMENTS["see"]]
     for name in scene.inventory:
         article = ("an " if name.startswith("iron") else "a ") if name.endswith(("pickaxe", "sword")) else ""
@@ -172,8 +171,9 @@ def phrases() -> list[str]:
     """Returns texts that are a token each, with the space in front: prompts are short, a name is one thing to look up.
     """
     fixed = [
-        "You see:", ".\nFacing:", ".\nInventory:", ".\nVitals (of 9):", ".\nIt is day. The player is awake.",
-        ".\nIt is dark. The player is awake.", "\nUnlocked:", "\nPrevious sub-goals:", ".\nComprehension score: 0.",
+        "You see:", ".\nRemembered:", ".\nFacing:", ".\nInventory:", ".\nVitals (of 9):",
+        ".\nIt is day. The player is awake.", ".\nIt is dark. The player is awake.", "\nUnlocked:",
+        "\nPrevious sub-goals:", ".\nComprehension score: 0.", *(f" {text}" for text in ABOUT.values()),
         f".\n{UNKNOWN_SCORE}", f"\n{INSTRUCTION}",
     ]  # fmt: skip
     names = [*CRAFTER.sub_goals, *(name.replace("_", " ") for name in CRAFTER.achievements)]
@@ -355,7 +355,7 @@ def write_folder(folder: Path, config: LmConfig, params: Tree, tokenizer: Any) -
 
 STATEMENT = re.compile("|".join(
     [re.escape(s).replace(r"\{\}", ".+") for forms in STATEMENTS.values() for s in forms]
-    + [NEAR_ZOMBIE, DARK, ASLEEP, ENCLOSED]
+    + [NEAR_ZOMBIE, *ABOUT.values()]
 ))  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class Config:
 
 
 class TwoTowers(nnx.Module):
-    """Three tanh layers for the actor and three for the critic; called like `rladapter_ppo.ActorCritic`."""
+    """Three tanh layers for the actor and three for the critic."""
 
     def __init__(self, num_features: int, num_actions: int, width: int, rngs: nnx.Rngs):
         def tower(outputs: int, last_scale: float) -> nnx.List:
@@ -59,9 +59,9 @@ class TwoTowers(nnx.Module):
 
         self.actor, self.critic = tower(num_actions, 0.01), tower(1, 1.0)
 
-    def __call__(self, features: jax.Array, context: Any = ()) -> tuple[jax.Array, jax.Array]:
-        """(B, F) -> logits (B, A), value (B,); there is no context"""
-        return climb(self.actor, features), climb(self.critic, features)[:, 0]
+    def __call__(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(..., F) -> logits (..., A), value (...)"""
+        return climb(self.actor, features), climb(self.critic, features)[..., 0]
 
 
 def climb(tower: Any, x: jax.Array) -> jax.Array:

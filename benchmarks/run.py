@@ -51,11 +51,22 @@ VARIANTS = {
     "facts-bonus": Variant(
         "PPO + facts + bonus", "control: those facts and that bonus", "--guidance facts --guidance-bonus 0.1"
     ),
-    "context-only": Variant("no bonus", "guidance as context only, no bonus", "--guidance-bonus 0"),
+    "facts-pointer": Variant(
+        "PPO + facts + pointer",
+        "control: those facts, and a pointer to the things of all sub-goals in a fixed order",
+        "--guidance facts --pointer fixed",
+    ),
+    "context-only": Variant(
+        "no bonus", "guidance as context only, no bonus", "--guidance-bonus 0 --approach-bonus 0"
+    ),
+    "no-pointer": Variant("no pointer", "guidance as embedding only, as in the paper", "--pointer none"),
+    "no-memory": Variant("no memory", "a policy without memory", "--rnn-size 0"),
+    "no-prediction": Variant("no prediction", "no auxiliary loss of the policy", "--predict-coef 0"),
     "no-adapter": Variant("no adapter", "no adapter", "--adapter none"),
     "no-sft": Variant("no fine-tuning", "no fine-tuning of the adapter", "--sft-every 0"),
     "no-trials": Variant("no trials", "no trials of advice against saying nothing", "--no-trials"),
     "random": Variant("random guide", "a guide that advises at random", "--llm random"),
+    "shuffled": Variant("shuffled guide", "a guide whose sub-goals are exchanged with each other", "--llm shuffled"),
     "pause": Variant(
         "kept per phase",
         "advice drawn once per phase and kept, as the method is usually described",
@@ -73,7 +84,8 @@ VARIANTS = {
     "no-comprehension": Variant("no score", "no comprehension score", "--comprehension none"),
 }
 
-CONTROLS = ("none", "none-bonus", "facts", "facts-bonus")  # without guidance; the others are the method and ablations
+# Without guidance; the others are the method and its ablations.
+CONTROLS = ("none", "none-bonus", "facts", "facts-bonus", "facts-pointer")
 
 
 @dataclass(frozen=True)
@@ -84,9 +96,9 @@ class Suite:
 
 SUITES = {
     "main": Suite((
-        "guided", "none", "none-bonus", "facts", "facts-bonus", "context-only", "no-adapter", "no-sft", "no-trials",
-        "random", "pause",
-    )),
+        "guided", "none", "facts", "facts-pointer", "none-bonus", "facts-bonus", "context-only", "no-pointer",
+        "no-memory", "no-prediction", "no-trials", "no-adapter", "no-sft", "random", "shuffled", "pause",
+    ), "--eval-episodes 512"),
     "comprehension": Suite(("guided", "cosine-actions", "success", "binary", "no-comprehension")),
     "toy": Suite(
         ("guided", "none"),

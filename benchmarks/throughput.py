@@ -39,8 +39,10 @@ from flax import nnx
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import rladapter_ppo as rl  # noqa: E402
+from advice import draw_exposures  # noqa: E402
 from envs import make_env  # noqa: E402
-from guidance import HostTable, draw_exposure  # noqa: E402
+from envs.nearest import NUM_FEATURES  # noqa: E402
+from guidance import HostTable  # noqa: E402
 from rladapter_adapter import SftArgs, make_adapter  # noqa: E402
 from utils import run_folder, runs  # noqa: E402
 from utils.compilation import use_compilation_cache  # noqa: E402
@@ -74,7 +76,7 @@ class Options:
     """timed turns of each with 64 envs; fewer with more envs, at least three; of trainings, which are long, a third"""
     num_envs: tuple[int, ...] = (64, 256, 1024)
     """numbers of parallel games, one after the other"""
-    num_steps: int = 96
+    num_steps: int = rl.Args.num_steps
     """steps of a rollout"""
     trainings: bool = True
     """--no-trainings measures env and rollout only"""
@@ -187,7 +189,7 @@ def rollout(setting: Setting) -> tuple[Any, Callable]:
     table = HostTable(args.table, env).for_training()
     agent, params = rl.make_agent(args, env, table, jax.random.key(0))
     runner, _ = rl.init_runner(args, agent, params, jax.random.key(1))
-    exposure = draw_exposure(table, jax.random.key(2), env.facts(env.observe(runner.env_state)))
+    exposure = draw_exposures(table, jax.random.key(2), env.facts(env.observe(runner.env_state)))
 
     def play(runner: Any, key: jax.Array) -> tuple[Any, Any]:
         runner, transitions, _ = rl.rollout(args, agent, runner, table, exposure)
@@ -196,15 +198,23 @@ def rollout(setting: Setting) -> tuple[Any, Callable]:
     return runner, jax.jit(play)
 
 
+class Towers(TwoTowers):
+    """The baseline's network, called like `rladapter_ppo.ActorCritic`: it looks at the features alone."""
+
+    def __call__(self, features: Any, *others: Any) -> tuple:
+        return *super().__call__(features), others[-1], None  # the memory, and nothing to predict from
+
+
 def same_work(config: Config) -> tuple[Any, Callable]:
     """One of our updates with the baseline's network, rollouts, epochs and minibatches."""
     args = rl.Args(
         guidance="none", updates_per_phase=1, num_envs=config.num_envs, num_steps=config.num_steps,
-        update_epochs=config.update_epochs, num_minibatches=config.num_minibatches,
+        update_epochs=config.update_epochs, num_minibatches=config.num_minibatches, rnn_size=0, predict_coef=0.0,
     )  # fmt: skip
     env = SharedEnv(make_env(ENV_ID, args.num_envs))
     num_features = jax.eval_shape(env.features, np.zeros((1, env.obs_size), np.uint8)).shape[-1]
-    network = TwoTowers(num_features, len(env.game.actions), config.layer_size, nnx.Rngs(0))
+    num_features += (len(env.game.kinds) + 2) * NUM_FEATURES  # the nearest things, and those that are pointed at
+    network = Towers(num_features, len(env.game.actions), config.layer_size, nnx.Rngs(0))
     graphdef, params = nnx.split(network)
     agent = rl.Agent(env, graphdef, args.context)
     table = HostTable(args.table, env).for_training()

@@ -5,11 +5,14 @@ to another one of the same settings, so that it can be a static argument of `jax
 
     game: Game                                   its words (`envs.game`)
     num_pools: int                               G, see below
+    view: tuple[int, int]                        rows and columns of what the player sees, itself in the middle
     reset(key, num_envs) -> state                fresh episodes; `state` is any pytree
     refill(keys (G,), state) -> state            called once per update, for work too expensive to do at each step
     observe(state) -> obs (N, O) uint8           all that policy, facts and caption are made of
     step(keys (N,), state, action (N,)) -> state, reward (N,) f32, done (N,) bool, info
     features(obs (..., O)) -> (..., F) f32       what the policy sees of it
+    places(obs (..., O)) -> (..., W, 3) int32    the nearest of each of `game.kinds`, see envs.nearest
+    facing(obs (..., O)) -> (..., 2) int32       dy, dx of the cell that the player faces
     facts(obs (..., O)) -> (..., P) bool         in the order of `game.facts`
     to_text(obs (O,)) -> str                     the caption, on the host
 

@@ -45,11 +45,15 @@ class Game:
     """a reply for the guide's prompt: sub-goals with their reasons"""
     needs: Mapping[str, tuple[str, ...]]
     """what the game demands of each basic sub-goal now, as facts; "not " in front of one that must be false"""
+    kinds: tuple[str, ...]
+    """(W,) kinds of things that advice can point at"""
     things: Mapping[str, str]
-    """which thing a sub-goal is about; none for those that need no thing in view"""
+    """which kind of thing a sub-goal is about; none for those that need no thing in view"""
     advise: Callable[[dict[str, bool], Sequence[int]], Advice]
     """the offline guide `rules`: advice for a situation (the truth of every fact), given the sub-goals that the
     adapter's analysis names"""
+    acts: Mapping[str, str] = field(default_factory=dict)
+    """which action a sub-goal is, where it is a single one that has another name"""
     sub_goal_aliases: Mapping[str, str] = field(default_factory=dict)
     """other words for a sub-goal, with commas between them"""
     fact_aliases: Mapping[str, str] = field(default_factory=dict)
@@ -74,6 +78,28 @@ class Game:
     def sub_goal_numbers(self) -> dict[str, int]:
         """Returns the index of each sub-goal, by its own name."""
         return {name: i for i, name in enumerate(self.sub_goals)}
+
+    @functools.cached_property
+    def kind_numbers(self) -> np.ndarray:
+        """(S,) the kind of thing that each sub-goal is about; W for none."""
+        kinds = [self.things.get(name) for name in self.sub_goals]
+        return np.array([len(self.kinds) if kind is None else self.kinds.index(kind) for kind in kinds])
+
+    @functools.cached_property
+    def action_numbers(self) -> np.ndarray:
+        """(S,) the action that each sub-goal is; A for one that takes more than that."""
+        names = [self.acts.get(name, name) for name in self.sub_goals]
+        return np.array([self.actions.index(name) if name in self.actions else len(self.actions) for name in names])
+
+    @functools.cached_property
+    def needs_matrix(self) -> np.ndarray:
+        """(S, P) what the game demands of each sub-goal now: 1 for facts that must be true, -1 for false ones."""
+        matrix = np.zeros((len(self.sub_goals), len(self.facts)), np.float32)
+        for name, needs in self.needs.items():
+            for text in needs:
+                fact = self.fact_numbers[text.removeprefix("not ")]
+                matrix[self.sub_goal_numbers[name], fact] = -1 if text.startswith("not ") else 1
+        return matrix
 
     def normalise(self, text: str) -> str:
         """Returns lower-case words without fillers and plurals: "Chop the Trees!" -> "chop tree"."""

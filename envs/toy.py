@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from envs.game import Advice, Game, holds
+from envs.nearest import find_places
 
 EPISODE_LENGTH = 8
 RULES = (("chop tree", ("tree in view",)), ("drink water", ("water in view",)))
@@ -31,6 +32,7 @@ TOY = Game(
     prompt="You guide a player who sees either a tree or a lake. It is paid for chopping trees and for drinking.",
     example={"chop tree": ["tree in view"]},
     needs=dict(RULES),
+    kinds=("tree", "water"),
     things={"chop tree": "tree", "drink water": "water"},
     advise=advise,
     sub_goal_aliases={"drink water": "drink from lake"},
@@ -49,6 +51,7 @@ class ToyState:
 @dataclass(frozen=True)
 class ToyEnv:
     num_pools: int = 1
+    view: tuple[int, int] = (3, 3)
     game: Game = TOY
 
     def reset(self, key: jax.Array, num_envs: int) -> ToyState:
@@ -73,6 +76,13 @@ class ToyEnv:
 
     def features(self, obs: jax.Array) -> jax.Array:
         return jnp.concatenate([jax.nn.one_hot(obs[..., 0], 2), obs[..., 1:] / EPISODE_LENGTH], -1).astype(jnp.float32)
+
+    def places(self, obs: jax.Array) -> jax.Array:
+        north = jnp.zeros((3, 3), bool).at[0, 1].set(True)
+        return find_places((obs[..., :1] == jnp.arange(2))[..., None, None] & north, self.facing(obs))
+
+    def facing(self, obs: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(jnp.array([-1, 0]), (*obs.shape[:-1], 2))
 
     def facts(self, obs: jax.Array) -> jax.Array:
         return obs[..., :1] == jnp.arange(2)

@@ -57,7 +57,9 @@ class OneProgram:
         self.program = program
 
     def __call__(self, args, *rest):
-        unread = dict.fromkeys([*self.UNREAD, *["total_timesteps"] * (not args.anneal_lr)])
+        unread = dict.fromkeys(self.UNREAD)
+        if not args.anneal_lr and not args.lr_warmup:  # then the rate is the same whatever the number of updates
+            unread["total_timesteps"] = 1
         table = dataclasses.replace(args.table, **dict.fromkeys(self.UNREAD_OF_TABLE))
         return self.program(dataclasses.replace(args, table=table, **unread), *rest)
 

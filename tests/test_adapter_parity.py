@@ -196,7 +196,7 @@ def test_transformers_loads_the_shipped_adapter(by_torch):
 def test_training_does_not_load_torch(tmp_path):
     """transformers and tensorboardX would."""
     toy = "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --eval-episodes 8"
-    toy += " --total-timesteps 200 --sft-every 0"
+    toy += " --rnn-size 16 --total-timesteps 200 --sft-every 0"
     program = "import sys, rladapter_ppo; print(rladapter_ppo.cli(sys.argv[1:]), 'torch' in sys.modules)"
     command = [sys.executable, "-c", program, *toy.split(), "--run-dir", str(tmp_path / "run")]
     environment = os.environ | {"RLADAPTER_CACHE": str(tmp_path)}

@@ -132,16 +132,16 @@ def options(tmp_path, *words):
 
 
 def test_finished_runs_are_kept_begun_ones_resumed_new_ones_begun(tmp_path):
-    begun(tmp_path / "guided-1", ["--seed", "1"], summary="{}")
-    (begun(tmp_path / "none-1", ["--seed", "1", "--guidance", "none"]) / "checkpoints" / "5").mkdir(parents=True)
-    begun(tmp_path / "facts-1", ["--seed", "1", "--guidance", "facts"])  # stopped before its first checkpoint
+    begun(tmp_path / "guided-1", run.flags_of("main", "guided", 1), summary="{}")
+    (begun(tmp_path / "none-1", run.flags_of("main", "none", 1)) / "checkpoints" / "5").mkdir(parents=True)
+    begun(tmp_path / "facts-1", run.flags_of("main", "facts", 1))  # stopped before its first checkpoint
     jobs = run.plan(options(tmp_path, "--seeds", "1", "--variants", "guided", "none", "facts", "random"))
     assert [(job.name, job.state) for job in jobs] == [
         ("guided-1", "kept"), ("none-1", "waiting"), ("facts-1", "waiting"), ("random-1", "waiting")
     ]  # fmt: skip
     assert jobs[1].argv == ["--resume", str(tmp_path / "none-1")]
-    assert jobs[2].argv == ["--guidance", "facts", "--seed", "1", "--run-dir", str(tmp_path / "facts-1")]
-    assert jobs[0].total == 1_001_472
+    assert jobs[2].argv == [*run.flags_of("main", "facts", 1), "--run-dir", str(tmp_path / "facts-1")]
+    assert jobs[0].total == 1_003_520
 
 
 def test_seeds_go_round_before_the_next_one(tmp_path):
@@ -178,7 +178,7 @@ def test_a_flag_that_a_run_did_not_have_yet_counts_as_its_default():
 
 
 def test_slurm_lines_do_the_same(tmp_path, capsys):
-    begun(tmp_path / "guided-1", ["--seed", "1"], summary="{}")
+    begun(tmp_path / "guided-1", run.flags_of("main", "guided", 1), summary="{}")
     words = ["--runs-dir", str(tmp_path), "--seeds", "2", "--variants", "guided", "none"]
     assert run.main([*words, "--slurm"]) == 0
     script = capsys.readouterr().out

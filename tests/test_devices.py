@@ -18,9 +18,9 @@ from utils import devices, runs
 
 ROOT = Path(__file__).parents[1]
 TOY = (
-    "--env-id Toy-v0 --num-envs 16 --num-steps 16 --num-minibatches 2 --hidden-size 16 --adapter none "
+    "--env-id Toy-v0 --num-envs 16 --num-steps 16 --num-minibatches 2 --hidden-size 16 --rnn-size 16 --adapter none "
     "--updates-per-phase 3 --guidance-rows 8 --queries-per-phase 4 --eval-episodes 16 --total-timesteps 2000 "
-    "--no-anneal-lr".split()  # one program, whatever the number of steps
+    "--no-anneal-lr --lr-warmup 0".split()  # one program, whatever the number of steps
 )
 # The guide takes longer than the 30 seconds for which some collectives wait.
 SLOW_LEADER = """

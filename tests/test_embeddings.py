@@ -13,6 +13,7 @@ import pytest
 import torch_reference
 
 import rladapter_ppo as rl
+from advice import AdviceContext
 from envs import make_env
 from envs.crafter import CRAFTER
 from envs.toy import TOY as TOY_GAME
@@ -52,7 +53,8 @@ def embed_sub_goals(embedding, names):
     """(D,) of a set of sub-goals as the policy gets it, up to its norm; zeros if empty."""
     advised = np.isin(CRAFTER.sub_goals, names)[None]
     table = SimpleNamespace(sub_goal_embeddings=jnp.asarray(embedding.encode(CRAFTER.sub_goals)))
-    weights, basis = rl.AdviceContext.vectors(table, jnp.asarray(advised), jnp.zeros((1, 2), bool))[0]
+    seen = {"advised": jnp.asarray(advised), "facts": jnp.zeros((1, 2), bool)}
+    weights, basis = AdviceContext.vectors(table, seen)[0]
     return np.asarray(weights @ basis)[0] / np.sqrt(embedding.dim)
 
 
@@ -193,8 +195,9 @@ def test_what_is_no_bert_is_one_line(folder, tmp_path, capsys, damage):
 
 
 TOY = (
-    "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --updates-per-phase 2 "
-    "--guidance-rows 8 --queries-per-phase 4 --eval-episodes 8 --adapter none --total-timesteps 400".split()
+    "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --rnn-size 16 "
+    "--updates-per-phase 2 --guidance-rows 8 --queries-per-phase 4 --eval-episodes 8 --adapter none "
+    "--total-timesteps 400".split()
 )
 
 
@@ -213,5 +216,6 @@ def test_training_with_a_bert(folder, tmp_path, monkeypatch, flags):
 def context_sizes(embed):
     """Sizes of the vectors that the policy is told, as `rl.make_agent` finds them."""
     table = HostTable(TableArgs(embed=embed), SharedEnv(make_env("Toy-v0", 8))).for_training()
-    nothing = (jnp.zeros((1, len(names)), bool) for names in (TOY_GAME.sub_goals, TOY_GAME.facts))
-    return [basis.shape[1] for _, basis in rl.AdviceContext.vectors(table, *nothing)]
+    words = {"advised": TOY_GAME.sub_goals, "facts": TOY_GAME.facts}
+    nothing = {name: jnp.zeros((1, len(known)), bool) for name, known in words.items()}
+    return [basis.shape[1] for _, basis in AdviceContext.vectors(table, nothing)]

@@ -16,8 +16,20 @@ from random_situations import random_observations
 
 from envs import make_env
 from envs.crafter import CRAFTER, captions, goals
-from envs.crafter.env import CraftaxEnv, observe_one
-from envs.crafter.vocabulary import ACHIEVEMENTS, BASIC_SUB_GOALS, FACTS, LOW, SIGHTS
+from envs.crafter.env import CraftaxEnv, first_look, observe_one
+from envs.crafter.vocabulary import (
+    ACHIEVEMENTS,
+    BASIC_SUB_GOALS,
+    CLOSE,
+    FACTS,
+    KINDS,
+    KNOWN,
+    LASTING,
+    LOW,
+    NEAR,
+    SIGHTS,
+)
+from envs.nearest import IN_VIEW, REMEMBERED
 from envs.scores import score
 from envs.toy import EPISODE_LENGTH, TOY, ToyEnv
 
@@ -28,7 +40,7 @@ REFILL = jax.jit(lambda key, state: SHORT.refill(key[None], state))
 TWO = CraftaxEnv(pool_size=24, num_pools=2)
 REFILL_TWO = jax.jit(lambda key, state: TWO.refill(jax.random.split(key, 2), state))
 FACTS_OF = jax.jit(captions.facts)
-OBSERVE = jax.jit(observe_one)
+OBSERVE = jax.jit(lambda state: first_look(observe_one(state)[None])[0])
 
 
 @pytest.fixture(scope="module")
@@ -183,11 +195,14 @@ def test_features_are_craftax_symbolic_observation(start):
     envs = CraftaxEnv()
     ours = np.asarray(jax.jit(lambda state: envs.features(envs.observe(state)))(state))
     theirs = np.asarray(jax.jit(jax.vmap(render_craftax_symbolic))(state.envs), np.float32)
-    assert ours.shape == theirs.shape == (N, 1345)
+    assert ours.shape == (N, 1345 + 4) and theirs.shape == (N, 1345)  # ours has a clock and plants behind it
     ours_grid, theirs_grid = ours[:, :1323].reshape(N, 63, 21), theirs[:, :1323].reshape(N, 63, 21)
     np.testing.assert_array_equal(ours_grid[..., :17], theirs_grid[..., :17])
     assert (ours_grid[..., 17:] >= theirs_grid[..., 17:]).all()  # theirs can lose a mob (Craftax issue 57)
-    np.testing.assert_allclose(ours[:, 1323:], theirs[:, 1323:], atol=1 / 255)
+    np.testing.assert_allclose(ours[:, 1323:1345], theirs[:, 1323:], atol=1 / 255)
+    turn = 2 * np.pi * np.asarray(state.envs.timestep) / 300
+    clock = np.stack([np.sin(turn), np.cos(turn), 0 * turn, 0 * turn], -1)  # no plants
+    np.testing.assert_allclose(ours[:, 1345:], clock, atol=0.05)
 
 
 def test_a_mob_out_of_view_does_not_hide_one_in_view(world):
@@ -199,6 +214,7 @@ def test_a_mob_out_of_view_does_not_hide_one_in_view(world):
 
 
 def observe(state):
+    """(218,) what the player sees who has just been born into this state."""
     return np.asarray(OBSERVE(state))
 
 
@@ -206,39 +222,81 @@ def facts_by_name(obs):
     return dict(zip(FACTS, np.asarray(FACTS_OF(jnp.asarray(obs))).tolist(), strict=True))
 
 
-def test_facts_against_a_loop_over_cells(situations):
-    ours = np.asarray(FACTS_OF(jnp.asarray(situations)))
+WALKABLE = (2, 6, 7, 13)  # grass, wood, path, sand
+AHEAD = ((0, -1), (0, 1), (-1, 0), (1, 0))
+
+
+def shut_in(obs, stone=None):
+    """Does no way lead farther than two steps? With a stone on that cell?"""
+    free = {(y, x) for y in range(7) for x in range(9) if obs[y * 9 + x] in WALKABLE} - {stone}
+    reached = {(3, 4)}
+    for _ in range(3):
+        beside = {(y + dy, x + dx) for y, x in reached for dy, dx in AHEAD}
+        before, reached = reached, reached | (beside & free)
+    return before == reached
+
+
+def facts_by_loop(obs):
+    """The truth of every fact but those of remembered places, cell by cell."""
     names = {"tree": 5, "water": 3, "stone": 4, "coal": 8, "iron": 9, "diamond": 10, "crafting table": 11,
-             "furnace": 12,
-             "plant": 15, "ripe plant": 16, "lava": 14}  # fmt: skip
+             "furnace": 12, "plant": 15, "ripe plant": 16, "lava": 14}  # fmt: skip
     mobs = {"zombie": 1, "cow": 2, "skeleton": 4, "arrow": 8}
     items = "wood stone coal iron diamond sapling".split()
+    vitals = "health food drink energy".split()
+    truths = {f"unlocked {name.replace('_', ' ')}": bool(obs[145 + i]) for i, name in enumerate(ACHIEVEMENTS)}
+    for name in FACTS:
+        if ">=" in name:
+            item, least = name.split(" >= ")
+            amount = obs[126 + items.index(item)] if item in items else obs[138 + vitals.index(item)]
+            truths[name] = amount >= int(least)
+        elif name.endswith(" low"):
+            truths[name] = obs[138 + vitals.index(name[:-4])] <= LOW
+        elif name.endswith(" in view"):
+            thing = name[:-8]
+            cells = obs[:63] == names[thing] if thing in names else (obs[63:126] & mobs[thing]) > 0
+            truths[name] = any(cells)
+    near = reach_table = reach_furnace = False
+    for y in range(7):
+        for x in range(9):
+            dy, dx, block, mob = abs(y - 3), abs(x - 4), obs[y * 9 + x], obs[63 + y * 9 + x]
+            near |= bool(mob & 1) and dy + dx <= NEAR
+            reach_table |= block == 11 and max(dy, dx) <= 1
+            reach_furnace |= block == 12 and max(dy, dx) <= 1
+    ahead = AHEAD[obs[142]]
+    enclosed, hour, age = shut_in(obs), obs[captions.HOUR], obs[captions.PLANT_AGE]
+    return truths | {
+        "zombie near": near, "table in reach": reach_table, "furnace in reach": reach_furnace,
+        "energy full": obs[141] == 9, "dark": obs[143] < 128, "asleep": obs[144] == 1, "enclosed": enclosed,
+        "one stone from shelter": not enclosed and shut_in(obs, (3 + ahead[0], 4 + ahead[1])),
+        "evening": 60 <= hour < 74 and obs[143] >= 128, "plant ripening": 0 < age < 151,
+        "plant ripe by now": age >= 151,
+    }  # fmt: skip
+
+
+def test_facts_against_a_loop_over_cells(situations):
+    ours = np.asarray(FACTS_OF(jnp.asarray(situations)))
+    by_place = {name for name in FACTS if name.endswith((" known", " close"))}
     for obs, row in zip(situations.astype(int), ours, strict=True):
-        expected = {f"unlocked {name.replace('_', ' ')}": bool(obs[145 + i]) for i, name in enumerate(ACHIEVEMENTS)}
-        for name in FACTS:
-            if ">=" in name:
-                item, least = name.split(" >= ")
-                expected[name] = obs[126 + items.index(item)] >= int(least)
-            elif name.endswith(" low"):
-                expected[name] = obs[138 + "health food drink energy".split().index(name[:-4])] <= LOW
-            elif name.endswith(" in view"):
-                thing = name[:-8]
-                cells = obs[:63] == names[thing] if thing in names else (obs[63:126] & mobs[thing]) > 0
-                expected[name] = any(cells)
-        near = reach_table = reach_furnace = False
-        closed = []
-        for y in range(7):
-            for x in range(9):
-                dy, dx, block, mob = abs(y - 3), abs(x - 4), obs[y * 9 + x], obs[63 + y * 9 + x]
-                near |= bool(mob & 1) and dy + dx <= 3
-                reach_table |= block == 11 and max(dy, dx) <= 1
-                reach_furnace |= block == 12 and max(dy, dx) <= 1
-                if dy + dx == 1:
-                    closed.append(block not in (2, 6, 7, 13))  # grass, wood, path, sand can be walked on
-        expected |= {"zombie near": near, "table in reach": reach_table, "furnace in reach": reach_furnace,
-                     "energy full": obs[141] == 9, "dark": obs[143] < 128, "asleep": obs[144] == 1,
-                     "enclosed": all(closed)}  # fmt: skip
-        assert dict(zip(FACTS, row.tolist(), strict=True)) == expected
+        found = {name: truth for name, truth in zip(FACTS, row.tolist(), strict=True) if name not in by_place}
+        assert found == facts_by_loop(obs)
+    often = dict(zip(FACTS, ours.mean(0), strict=True))
+    rare = ("enclosed", "one stone from shelter", "evening", "plant ripening", "plant ripe by now", "zombie near")
+    assert all(0 < often[name] < 1 for name in rare), {name: often[name] for name in rare}
+
+
+def test_facts_of_places_against_a_loop(situations):
+    ours = np.asarray(FACTS_OF(jnp.asarray(situations)))
+    for obs, row in zip(situations.astype(int), ours, strict=True):
+        stored = obs[captions.PLACES].reshape(len(KINDS), 3)
+        away = {kind: abs(dy - 63) + abs(dx - 63) for kind, (dy, dx, how) in zip(KINDS, stored, strict=True) if how}
+        expected = {f"{kind} known": kind in away for kind in KNOWN}
+        expected["table close"] = away.get("crafting table", 99) <= CLOSE
+        expected["furnace close"] = away.get("furnace", 99) <= CLOSE
+        assert {name: row[FACTS.index(name)] for name in expected} == expected
+        truths = facts_by_loop(obs)  # what is in view is known
+        for name in set(KNOWN) & set(SIGHTS):
+            assert expected[f"{name} known"] or not truths[f"{name} in view"]
+    assert all(0 < ours[:, FACTS.index(f"{kind} known")].mean() for kind in KNOWN)
 
 
 def test_the_caption_says_the_same_as_the_facts(situations):
@@ -250,12 +308,12 @@ def test_the_caption_says_the_same_as_the_facts(situations):
 
 
 def test_golden_captions():
-    obs = np.zeros(167, np.uint8)
+    obs = np.zeros(captions.OBS_SIZE, np.uint8)
     obs[captions.BLOCKS] = BlockType.GRASS.value
     obs[captions.VITALS_SLICE] = 9
     obs[captions.LIGHT], obs[captions.DIRECTION] = 255, 2
     assert captions.to_text(obs) == "\n".join([
-        "You see: nothing special.", "Facing: grass.", "Inventory: nothing.",
+        "You see: nothing special.", "Remembered: nothing.", "Facing: grass.", "Inventory: nothing.",
         "Vitals (of 9): health 9, food 9, drink 9, energy 9.", "It is day. The player is awake.", "Unlocked: nothing.",
     ])  # fmt: skip
     obs[1 * 9 + 4], obs[4 * 9 + 1], obs[0] = BlockType.TREE.value, BlockType.WATER.value, BlockType.TREE.value
@@ -266,13 +324,24 @@ def test_golden_captions():
     obs[145] = obs[150] = 1
     for cell in (3 * 9 + 3, 3 * 9 + 5, 2 * 9 + 4, 4 * 9 + 4):
         obs[cell] = BlockType.STONE.value
+    places = obs[captions.PLACES].reshape(len(KINDS), 3)
+    places[KINDS.index("iron")] = 63 - 12, 63 + 4, REMEMBERED
+    places[KINDS.index("cow")] = 63, 63 - 9, REMEMBERED
+    places[KINDS.index("tree")] = 63 - 2, 63, IN_VIEW  # is among what the player sees
+    places[KINDS.index("path")] = 63, 63 + 9, REMEMBERED  # not worth a word
+    obs[captions.SHELTER], obs[captions.PLANT_AGE] = 2, 150
     assert captions.to_text(obs) == "\n".join([
         "You see: tree (2 north), water (1 south, 3 west), stone (1 north), zombie (1 north).",
+        "Remembered: iron (12 north, 4 east), cow (9 west).",
         "Facing: zombie.", "Inventory: 3 wood, 1 sapling, wood pickaxe.",
         "Vitals (of 9): health 9, food 7, drink 3, energy 8.",
-        "It is dark. The player is asleep. The player is enclosed.",
+        "It is dark. The player is asleep. The player is enclosed. A plant is ripening.",
         "Unlocked: collect wood, make wood pickaxe.",
     ])  # fmt: skip
+    obs[captions.LIGHT], obs[captions.HOUR], obs[captions.ASLEEP] = 200, 65, 0
+    obs[captions.SHELTER], obs[captions.PLANT_AGE] = 1, 151
+    about = "It is evening. The player is awake. A stone ahead would enclose the player. A plant should be ripe by now."
+    assert about in captions.to_text(obs).splitlines()
 
 
 # ---- detectors
@@ -421,9 +490,11 @@ def test_every_word_of_a_game_is_one_of_its_own():
         assert {text.removeprefix("not ") for text in reasons} <= set(game.facts)
         assert set(game.needs) == set(game.basic_sub_goals)
         assert set(game.things) <= set(game.basic_sub_goals) and set(game.example) <= set(game.sub_goals)
-        assert {f"{thing} in view" for thing in game.things.values()} <= set(game.facts)
+        assert set(game.things.values()) <= set(game.kinds)
         assert set(game.sub_goal_aliases) <= set(game.sub_goals) and set(game.fact_aliases) <= set(game.facts)
-    assert set(CRAFTER.things.values()) <= set(SIGHTS)
+    assert {*LASTING, *KNOWN} <= set(KINDS) and {*KNOWN} <= set(SIGHTS)
+    truths = captions.truths_of(captions.read_caption(captions.to_text(np.zeros(captions.OBS_SIZE, np.uint8))))
+    assert list(truths) == list(CRAFTER.facts)
 
 
 def test_an_env_is_a_static_argument_of_jit():

@@ -7,16 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import advice as lookup
 import guidance
 import llm_client
 import rladapter_adapter
 import rladapter_ppo as rl
 from envs.crafter import CRAFTER
 from envs.crafter.vocabulary import FACTS, NUM_BASIC, SUB_GOALS
+from envs.game import holds
 from envs.toy import TOY as TOY_GAME
 from guidance import HostTable, TableArgs
 from utils import trials
+from utils.ranking import ranks
 from utils.trials import CONTROL_SHARE, DECIDED_AT_SE, WITH
 
 ARGS = TableArgs(guidance_rows=8, queries_per_phase=4)
@@ -67,9 +72,10 @@ def store(table, names, advice):
 def advised(host_table, *situations):
     """Names of the sub-goals that the device advises in each situation, all advice shown."""
     table, facts = host_table.for_evaluation(), jnp.asarray(np.stack([situation_of(s) for s in situations]))
-    exposure = guidance.draw_exposure(table, jax.random.key(0), facts)
-    found = np.asarray(guidance.advised_sub_goals(ARGS, table, exposure, facts))
-    return [{SUB_GOALS[i] for i in np.flatnonzero(row)} for row in found]
+    exposure = lookup.draw_exposures(table, jax.random.key(0), facts)
+    known = jnp.zeros((len(facts), len(CRAFTER.kinds)), bool)
+    found = lookup.AdviceContext.advise(rl.Args(table=ARGS), CRAFTER, table, exposure, facts, known)["advised"]
+    return [{SUB_GOALS[i] for i in np.flatnonzero(row)} for row in np.asarray(found)]
 
 
 def test_advice_serves_every_state_that_shares_the_facts_it_rests_on():
@@ -84,7 +90,7 @@ def test_the_tolerance_is_in_wrong_facts(monkeypatch):
     store(table, ["tree in view"], {"chop tree": [("tree in view", True), ("wood >= 1", False)]})
     situations = (["tree in view", "wood >= 1"], ["wood >= 1"])
     for tolerance, expected in ((0, [set(), set()]), (1, [{"chop tree"}, set()]), (2, [{"chop tree"}] * 2)):
-        monkeypatch.setattr(guidance, "TOLERANCE", tolerance)
+        monkeypatch.setattr(lookup, "TOLERANCE", tolerance)
         assert advised(table, *situations) == expected
 
 
@@ -168,30 +174,31 @@ def test_outcomes_count_visits_returns_at_entry_and_what_was_reached():
     trees = jnp.array([[0, 0], [1, 1], [1, 0], [0, 1]]).astype(bool)
     facts = jnp.zeros((4, 2, len(FACTS)), bool).at[..., FACT["tree in view"]].set(trees)
     reached = jnp.zeros((4, 2, NUM_BASIC), bool).at[1, 0, 0].set(True).at[2, 0, 0].set(True).at[2, 1, 0].set(True)
-    zeros = jnp.zeros((4, 2))
-    t = rl.Transition(
-        obs=zeros, facts=facts, advised=zeros, action=jnp.ones((4, 2), jnp.int32), log_prob=zeros, value=zeros,
-        reward=zeros + 9.0, env_reward=jnp.array([[5.0, 0.0], [1.0, 2.0], [0.0, 0.0], [4.0, 8.0]]),
-        done=jnp.zeros((4, 2), bool), reached=reached,
-    )  # fmt: skip
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(rl.Transition))
+    t = rl.Transition(**nothing | {
+        "facts": facts, "action": jnp.ones((4, 2), jnp.int32), "reward": jnp.full((4, 2), 9.0),
+        "env_reward": jnp.array([[5.0, 0.0], [1.0, 2.0], [0.0, 0.0], [4.0, 8.0]]),
+        "done": jnp.zeros((4, 2), bool), "reached": reached,
+    })  # fmt: skip
     table = host_table.for_training()
-    exposure = guidance.draw_exposure(table, jax.random.key(0), facts[0])
+    exposure = lookup.draw_exposures(table, jax.random.key(0), facts[0])
     exposure = dataclasses.replace(exposure, shown=jnp.tile(jnp.array([[True], [False]]), (1, 8)))
     args = rl.Args(gamma=0.5, table=ARGS)
 
     def outcomes(transitions):
-        agent = rl.Agent(Words(), None, rl.AdviceContext)
-        found = rl.AdviceContext.outcomes(args, agent, table, exposure, transitions)
+        found = lookup.AdviceContext.outcomes(args, Words(), table, exposure, transitions)
         return {name: np.asarray(v)[row] for name, v in found.items()}
 
     out = outcomes(t)
     assert out["visits"].tolist() == [2, 1] and out["steps"].tolist() == [2, 2]  # [without, with]
-    assert out["returns"].tolist() == [2 + 8 / 4 + 8, 1 + 4 / 4]  # environment's reward, no bonus, no value
-    assert out["squares"].tolist() == [16 + 64, 4]
+    # the environment's reward: no bonus, no value, no discount
+    assert out["returns"].tolist() == [(2 + 8) + 8, 1 + 4]
+    assert out["squares"].tolist() == [10**2 + 8**2, 5**2]
     assert out["successes"].tolist() == [0, 1]  # once a visit; the other env reached it outside
     assert out["reached"][1, 0] == 2 and out["reached"].sum() == 2 and out["actions"][:, 1].tolist() == [2, 2]
-    ended = dataclasses.replace(t, done=t.done.at[1, 0].set(True))
-    assert outcomes(ended)["visits"].tolist() == [2, 2]  # a new episode in the same situation is a new visit
+    ended = outcomes(dataclasses.replace(t, done=t.done.at[1, 0].set(True)))
+    assert ended["visits"].tolist() == [2, 2]  # a new episode in the same situation is a new visit
+    assert ended["returns"].tolist() == [18, 1 + 4]  # the first one's return ends with its episode
 
 
 def with_outcomes(visits, means, variances):
@@ -214,13 +221,15 @@ def phase_sums(visits, means, variances):
     ("visits", "means", "show", "kept"),
     [
         ([100, 100], [1.0, 2.0], 1.0, True), ([100, 100], [2.0, 1.0], CONTROL_SHARE, False),
-        ([5, 100], [1.0, 9.0], 1 - CONTROL_SHARE, True), ([100, 100], [1.0, 1.1], 1 - CONTROL_SHARE, True),
-        ([100, 5], [9.0, 1.0], 1 - CONTROL_SHARE, True),
+        ([5, 100], [1.0, 9.0], 1.0, True), ([100, 100], [1.0, 1.1], 1.0, True), ([100, 5], [9.0, 1.0], 1.0, True),
     ],
 )  # fmt: skip
 def test_advice_is_judged_only_with_enough_visits_and_a_clear_lead(visits, means, show, kept):
     table = with_outcomes(visits, means, [1.0, 1.0])
-    assert float(table.for_training().show_probability[0]) == pytest.approx(show)
+    training = table.for_training()
+    assert float(training.show_probability[0]) == pytest.approx(show)
+    undecided = abs(table.trial_z()[0]) <= DECIDED_AT_SE
+    assert (0 in np.asarray(training.on_trial)) == undecided == (abs(means[1] - means[0]) < 0.5 or min(visits) < 10)
     assert bool(table.for_evaluation().show_probability[0]) == kept
 
 
@@ -242,9 +251,38 @@ def test_advice_that_helps_is_not_condemned_because_returns_grow_while_it_is_wit
     assert pooled[1] < pooled[0] and table.trial_z()[0] > 0
 
 
+def shown_to(table, num_envs=4096):
+    """(N, K) which env is shown which row, as training draws it."""
+    facts = jnp.zeros((num_envs, len(FACTS)), bool)
+    return np.asarray(lookup.draw_exposures(table.for_training(), jax.random.key(3), facts).shown)
+
+
 def test_without_trials_all_advice_is_shown():
-    assert (np.asarray(table_of(trials=False).for_training().show_probability) == 1).all()
-    assert not (np.asarray(table_of().for_training().show_probability) == 1).any()
+    table = with_outcomes([100, 100], [1.0, 1.1], [1.0, 1.0])
+    assert shown_to(table)[:, 1:].all() and 0.85 < shown_to(table)[:, 0].mean() < 0.9
+    table.args = dataclasses.replace(ARGS, trials=False)
+    assert shown_to(table).all()
+
+
+def test_two_rows_are_on_trial_at_a_time_and_all_in_turn():
+    table = table_of()
+    for name in ("tree in view", "dark", "coal in view"):
+        store(table, [name], {"chop tree": [(name, True)]})
+    assert table.for_training().on_trial.tolist() == [8, 8]  # never used: there is nothing to learn of them
+    table.rows.visits[:3, 1] = [30, 20, 10]
+    pairs = [table.for_training().on_trial.tolist() for _ in range(3)]
+    assert pairs == [[0, 1], [2, 0], [1, 2]] and table.rows.times_tried[:4].tolist() == [2, 2, 2, 0]
+    withheld = ~shown_to(table)  # rows 0 and 1 once more
+    assert withheld.any(0).tolist() == [True, True, *[False] * 6] and withheld.sum(1).max() == 1
+    assert all(abs(share - CONTROL_SHARE) < 0.02 for share in withheld[:, :2].mean(0))
+
+
+def test_a_new_row_begins_its_trials_anew():
+    table = table_of(guidance_rows=1)
+    store(table, EMPTY_TREE, TREE)
+    table.rows.times_tried[0] = 5
+    store(table, ["dark"], {"sleep": [("dark", True)]})
+    assert table.rows.times_tried.tolist() == [0]
 
 
 @pytest.mark.parametrize(("analysis", "expected"), [("It should chop tree.", 1), ("It should sleep.", 0)])
@@ -389,6 +427,175 @@ def test_two_games_live_in_one_process():
     assert CRAFTER.read_sub_goal("mine diamond") is not None and TOY_GAME.read_sub_goal("mine diamond") is None
 
 
-def test_undecided_trials_withhold_from_the_control_share():
+def test_a_loser_is_shown_to_few_and_all_others_to_all():
     z = np.array([-9.0, 0.0, 9.0])
-    assert trials.show_probability(z).tolist() == [CONTROL_SHARE, 1 - CONTROL_SHARE, 1.0]
+    assert trials.show_probability(z).tolist() == [CONTROL_SHARE, 1.0, 1.0]
+
+
+def test_trials_take_the_undecided_the_least_tried_and_the_most_used():
+    z, tried, visits = np.zeros(6), np.array([3, 0, 0, 0, 1, 0]), np.array([9.0, 5, 7, 0, 99, 80])
+    z[5] = DECIDED_AT_SE + 0.1
+    assert trials.choose(z, tried, visits) == [2, 1]  # 3 was never used, 5 is decided
+    assert trials.choose(-z, tried, visits) == [2, 1] and trials.choose(z[3:], tried[3:], visits[3:]) == [1]
+    assert trials.choose(z, tried, np.zeros(6)) == []
+
+
+@pytest.mark.parametrize("on_trial", [[2, 0], [1, 3], [3, 3]])
+def test_an_env_lacks_one_option_on_trial_at_most(on_trial):
+    """3 stands for no option."""
+    show = jnp.ones(3)
+    missing = ~np.asarray(trials.draw_shown(jax.random.key(1), show, jnp.array(on_trial), 8192))
+    for option in range(3):
+        share = CONTROL_SHARE if option in on_trial else 0.0
+        assert abs(missing[:, option].mean() - share) < 4 * np.sqrt(share * (1 - share) / 8192) + 1e-9
+    assert missing.sum(1).max() == min(1, sum(option < 3 for option in on_trial))
+
+
+def test_a_loser_on_no_trial_is_shown_to_the_control_share():
+    shown = np.asarray(trials.draw_shown(jax.random.key(2), jnp.array([1.0, CONTROL_SHARE]), jnp.array([0, 2]), 8192))
+    assert abs(shown[:, 1].mean() - CONTROL_SHARE) < 0.02 and abs(shown[:, 0].mean() - 1 + CONTROL_SHARE) < 0.02
+
+
+# ---- urgency, and what advice points at
+
+
+def test_the_order_of_replies_becomes_the_urgency_of_rows():
+    table = table_of()
+    order = [("sleep", [("dark", True)]), ("chop tree", [("tree in view", True)]), ("mine coal", [("dark", True)])]
+    for first, second in ((0, 1), (1, 2), (0, 2)):
+        store(table, ["dark", "tree in view"], dict([order[first], order[second]]))
+    most_urgent_first = np.argsort(np.asarray(table.for_training().urgency)).tolist()
+    names = [SUB_GOALS[table.rows.goal[row]] for row in most_urgent_first if table.rows.valid[row]]
+    assert names == ["sleep", "chop tree", "mine coal"]
+    assert table.rows.before.sum() == 3
+    for row in range(3, 8):
+        store(table, [FACTS[row]], {"chop tree": []})
+    table.rows.visits[:, 1] = [0, *[9] * 7]
+    store(table, ["asleep"], {"chop grass": [("asleep", True)]})  # over row 0
+    assert not table.rows.before[0].any() and not table.rows.before[:, 0].any() and table.rows.before.sum() == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ranks_recover_an_order_from_parts_of_it(seed):
+    rng = np.random.default_rng(seed)
+    order, before = rng.permutation(10), np.zeros((10, 10))
+    for _ in range(200):
+        chosen = np.sort(rng.choice(10, 3, replace=False))  # a reply names three of ten, in order
+        for i, first in enumerate(chosen):
+            before[order[first], order[chosen[i + 1 :]]] += 1
+    assert ranks(before)[order].tolist() == list(range(10))
+
+
+def test_ranks_hold_what_was_never_compared_in_the_middle():
+    before = np.zeros((5, 5))
+    before[3, 1] = before[3, 0] = before[1, 0] = 4
+    found = ranks(before)
+    assert sorted(found) == list(range(5)) and found[3] == 0 and found[0] == 4
+    assert ranks(np.zeros((3, 3))).tolist() == [0, 1, 2]
+
+
+def test_ranks_weigh_replies_that_contradict_each_other():
+    before = np.array([[0, 5, 1], [2, 0, 5], [1, 1, 0]])
+    assert ranks(before).tolist() == [0, 1, 2]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_what_is_pointed_at_against_a_loop(seed):
+    rng = np.random.default_rng(seed)
+    active, kinds = rng.random((5, 7)) < rng.random(), rng.integers(0, 4, 7)  # 3 for nothing
+    urgency, known = rng.permutation(7).astype(np.float32), rng.random((5, 3)) < 0.7
+    found = lookup.two_kinds(jnp.asarray(known), jnp.asarray(active), jnp.asarray(urgency), jnp.asarray(kinds))
+    hinted = lookup.one_action(jnp.asarray(active), jnp.asarray(urgency), jnp.asarray(kinds), 3)
+    for env, (pair, action) in enumerate(zip(found.tolist(), hinted.tolist(), strict=True)):
+        in_order = [int(kinds[k]) for k in np.argsort(urgency) if active[env, k] and kinds[k] < 3]
+        expected = list(dict.fromkeys(kind for kind in in_order if known[env, kind]))
+        assert pair == [*expected, 3, 3][:2] and action == [*in_order, 3][0]
+
+
+def test_what_the_game_allows_against_its_needs():
+    """In words, as the guide would check it."""
+    rng = np.random.default_rng(0)
+    facts = rng.random((64, len(FACTS))) < 0.7
+    found = np.asarray(lookup.possible_sub_goals(CRAFTER, jnp.asarray(facts)))
+    for row, situation in zip(found, facts, strict=True):
+        expected = [holds(CRAFTER.truths(situation), CRAFTER.needs.get(goal, ())) for goal in SUB_GOALS]
+        assert row.tolist() == expected
+    assert 0 < found[:, GOAL["sleep"]].mean() < 1  # it needs a false fact
+    assert 0 < found[:, GOAL["make stone pickaxe"]].mean() < 1
+
+
+def told(pointer, context="full", known=(), needs=()):
+    """What an env is told that sees a tree, whose food is low and of which `needs` are true as well: how many
+    sub-goals, the things that they point at, the action that is hinted."""
+    table = table_of()
+    sleep_first = {"sleep": [("food low", True)], "attack cow": [("food low", True)]}
+    then = {"chop tree": [("tree in view", True)], "place stone": [("food low", True)],
+            "mine diamond": [("tree in view", True)]}  # fmt: skip
+    situation = situation_of(["tree in view", "food low", *needs])
+    question = question_about(["tree in view", "food low"])
+    question.advice = tuple(
+        (GOAL[goal], tuple((FACT[fact], truth) for fact, truth in reasons))
+        for goal, reasons in (sleep_first | then).items()
+    )
+    table.store([question])
+    device, facts = table.for_evaluation(), jnp.asarray(situation)[None]
+    exposure = lookup.draw_exposures(device, jax.random.key(0), facts)
+    args, known = rl.Args(pointer=pointer, table=ARGS), jnp.asarray(np.isin(CRAFTER.kinds, known))[None]
+    advice = lookup.CONTEXTS[context].advise(args, CRAFTER, device, exposure, facts, known)
+    things = [[*CRAFTER.kinds, None][kind] for kind in advice["pointed"][0].tolist()]
+    return int(advice["advised"].sum()), things, [*CRAFTER.actions, None][int(advice["hinted"][0])]
+
+
+def test_advice_points_at_the_things_of_the_most_urgent_that_are_known():
+    assert told("advice", known=CRAFTER.kinds)[:2] == (5, ["cow", "tree"])  # sleep is about no thing
+    assert told("advice", known=("diamond", "water", "tree"))[1] == ["tree", "diamond"]
+    assert told("advice", known=("diamond", "water"))[1] == ["diamond", None]
+    assert told("advice", known=("water", "iron"))[1] == [None, None]
+    assert told("advice", "facts", CRAFTER.kinds) == told("advice", "none", CRAFTER.kinds) == (0, [None, None], None)
+
+
+def test_advice_that_is_one_action_hints_at_it_where_the_game_allows_it():
+    """Place stone is the one of those five that is one action, apart from sleep, which comes first."""
+    tired = ("energy full",)  # a need of sleep: it must be false
+    assert told("advice")[2] == "sleep"
+    assert told("advice", needs=("stone >= 1",))[2] == "sleep"
+    assert told("advice", needs=("stone >= 1", *tired))[2] == "place stone"
+    assert told("advice", needs=tired)[2] is None
+    assert told("none", needs=("stone >= 1",))[2] is None
+
+
+def test_the_controls_of_the_pointer_do_without_advice():
+    assert told("none", known=CRAFTER.kinds) == (5, [None, None], None)
+    last_first = [CRAFTER.things[goal] for goal in reversed(CRAFTER.basic_sub_goals) if goal in CRAFTER.things]
+    things = list(dict.fromkeys(last_first))
+    assert told("fixed", known=CRAFTER.kinds)[:2] == (5, things[:2]) and things.index("iron") < things.index("water")
+    for context in ("facts", "none"):
+        assert told("fixed", context, CRAFTER.kinds)[:2] == (0, things[:2])
+        assert told("fixed", context, ("tree", "water", "iron"))[1] == ["iron", "water"]
+        assert told("fixed", context, ("tree",))[1] == ["tree", None]
+        # the last one that is possible: of place stone and sleep, sleep
+        assert [told("fixed", context, needs=needs)[2] for needs in ((), ("stone >= 1", "energy full"))] == [
+            "sleep", "place furnace"
+        ]  # fmt: skip
+
+
+def test_every_action_that_is_a_sub_goal_is_known_as_one():
+    acts = {goal: CRAFTER.actions[i] for goal, i in zip(SUB_GOALS, CRAFTER.action_numbers, strict=True)
+            if i < len(CRAFTER.actions)}  # fmt: skip
+    made = {goal: goal for goal in SUB_GOALS if goal.startswith("make ") and goal != "make workshop"}
+    placed = {"place plant": "place plant", "place furnace": "place furnace", "place stone": "place stone"}
+    assert acts == made | placed | {"place crafting table": "place table", "sleep": "sleep"}
+
+
+def test_advice_that_an_env_is_denied_does_not_point():
+    table = table_of()
+    store(table, EMPTY_TREE, TREE)
+    facts = jnp.tile(jnp.asarray(situation_of(EMPTY_TREE)), (2, 1))
+    exposure = lookup.draw_exposures(table.for_evaluation(), jax.random.key(0), facts)
+    exposure = dataclasses.replace(exposure, shown=jnp.array([[True] * 8, [False] * 8]))
+    known = jnp.ones((2, len(CRAFTER.kinds)), bool)
+    advice = lookup.AdviceContext.advise(rl.Args(table=ARGS), CRAFTER, table.for_evaluation(), exposure, facts, known)
+    nothing = len(CRAFTER.kinds)
+    assert advice["pointed"].tolist() == [[CRAFTER.kinds.index("tree"), nothing], [nothing] * 2]
+    assert advice["advised"].sum(1).tolist() == [1, 0]

@@ -292,23 +292,27 @@ def test_read_caption():
     assert s.sights == {"tree": (-2, 0), "water": (1, -3), "cow": (-1, 4), "zombie": (0, 1)}
     assert s.facing == "grass" and s.inventory == {"wood": 3, "sapling": 1, "wood pickaxe": 1}
     assert s.vitals == {"health": 9, "food": 7, "drink": 3, "energy": 8}
-    assert (s.dark, s.asleep, s.enclosed) == (False, False, False)
+    assert s.about == "It is day. The player is awake." and s.remembered == {}
     assert s.unlocked == {"collect wood", "place table", "make wood pickaxe"}
     bare = read_caption(BARE)
     assert (bare.sights, bare.inventory, bare.unlocked) == ({}, {}, frozenset())
-    assert (bare.dark, bare.asleep, bare.enclosed) == (True, True, True)
+    assert bare.about == "It is dark. The player is asleep. The player is enclosed."
+    later = CAPTION.replace("Facing:", "Remembered: iron (11 north, 6 east), plant (here).\nFacing:")
+    assert read_caption(later).remembered == {"iron": (-11, 6), "plant": (0, 0)}
 
 
 @pytest.mark.parametrize(
     ("caption", "true"),
     [
         (CAPTION, "unlocked collect wood, unlocked place table, unlocked make wood pickaxe, wood >= 1, wood >= 2, "
-         "sapling >= 1, drink low, tree in view, water in view, cow in view, zombie in view, zombie near"),
-        (BARE, "health low, energy full, dark, asleep, enclosed"),
+         "wood >= 3, sapling >= 1, food >= 7, energy >= 7, drink low, tree in view, water in view, cow in view, "
+         "zombie in view, zombie near, tree known, water known, cow known"),
+        (BARE, "food >= 7, drink >= 7, energy >= 7, health low, energy full, dark, asleep, enclosed"),
         (WORKSHOP, "unlocked collect wood, unlocked place table, unlocked make wood pickaxe, "
          "unlocked make stone pickaxe, unlocked make wood sword, unlocked place furnace, wood >= 1, wood >= 2, "
-         "stone >= 1, stone >= 4, coal >= 1, iron >= 1, food low, stone in view, crafting table in view, "
-         "furnace in view, ripe plant in view, table in reach, energy full"),
+         "stone >= 1, stone >= 2, stone >= 4, coal >= 1, iron >= 1, energy >= 7, food low, stone in view, "
+         "crafting table in view, furnace in view, ripe plant in view, table in reach, energy full, stone known, "
+         "crafting table known, furnace known, plant known, table close, furnace close"),
     ],
 )  # fmt: skip
 def test_facts_of(caption: str, true: str):
@@ -352,13 +356,12 @@ def test_a_reworded_caption_does_not_break_the_rules_guide():
 
 
 def test_rules_heed_a_named_sub_goal_only_where_it_is_possible():
-    base = dict.fromkeys(CRAFTER.facts, False) | {"cow in view": True, "unlocked eat cow": True}
-    cow, diamond = CRAFTER.sub_goal_numbers["attack cow"], CRAFTER.sub_goal_numbers["mine diamond"]
-    base["unlocked make wood sword"] = True
-    assert cow not in dict(rules.advise(base, []))  # not hungry, and it has eaten
-    base["unlocked eat cow"] = False
-    assert rules.advise(base, [])[0][0] != cow and rules.advise(base, [diamond, cow])[0][0] == cow
+    base = dict.fromkeys(CRAFTER.facts, False) | {"zombie in view": True}
+    sleep, diamond = CRAFTER.sub_goal_numbers["sleep"], CRAFTER.sub_goal_numbers["mine diamond"]
+    assert sleep not in dict(rules.advise(base, []))  # with a zombie in view
+    assert rules.advise(base, [diamond, sleep])[-1] == (sleep, ("not unlocked wake up", "not energy full"))
     assert diamond not in dict(rules.advise(base, [diamond]))
+    assert sleep not in dict(rules.advise(base | {"unlocked wake up": True}, [sleep]))  # reached in this life
     assert tuple(rules.NEEDS) == CRAFTER.basic_sub_goals
     assert {text.removeprefix("not ") for texts in rules.NEEDS.values() for text in texts} <= set(CRAFTER.facts)
 
@@ -375,12 +378,13 @@ def test_advice_holds_wherever_its_reasons_do():
 def test_rules_put_life_first_then_the_next_tool():
     facts = dict.fromkeys(CRAFTER.facts, False)
     advised = [CRAFTER.sub_goals[i] for i, _ in rules.advise(facts, [])]
-    assert advised[0] == "chop tree" and "mine stone" not in advised and "attack zombie" in advised
-    facts |= {"wood >= 1": True, "crafting table in view": True, "zombie near": True, "drink low": True}
+    assert advised[:2] == ["sleep", "chop tree"] and "mine stone" not in advised and "attack zombie" in advised
+    facts |= {"wood >= 1": True, "table close": True, "zombie near": True, "drink low": True}
     advised = [CRAFTER.sub_goals[i] for i, _ in rules.advise(facts, [])]
     assert advised[:4] == ["attack zombie", "drink water", "make wood pickaxe", "make wood sword"]
-    assert {name for name, _ in (*rules.URGENT, *rules.WISE)} <= set(CRAFTER.basic_sub_goals)
-    said = {text.removeprefix("not ") for _, texts in (*rules.URGENT, *rules.WISE) for text in texts}
+    everything = (*rules.URGENT, *rules.MAKE, *rules.FIRST, *rules.WISE)
+    assert {name for name, _ in everything} <= set(CRAFTER.basic_sub_goals)
+    said = {text.removeprefix("not ") for _, texts in everything for text in texts}
     assert said <= set(CRAFTER.facts)
 
 
@@ -480,7 +484,7 @@ def test_the_line_of_a_question_in_the_log():
         "situation rows caption adapter_prompt analysis messages sample model reply sub_goals because error skipped "
         "cached calls prompt_tokens completion_tokens cost seconds".split()
     )
-    assert line["situation"] == ["health low", "energy full", "dark", "asleep", "enclosed"]
+    assert line["situation"][-4:] == ["energy full", "dark", "asleep", "enclosed"]
     assert (line["rows"], line["sub_goals"], line["because"]) == ([5], ["chop tree"], [["not wood >= 4"]])
     assert (line["sample"], line["model"], line["error"], line["calls"]) == (2, "rules", "", 1)
     assert json.loads(json.dumps(line))["messages"] == build_messages(CRAFTER, BARE, [], "Chop tree.")

@@ -92,9 +92,10 @@ def train(patch: pytest.MonkeyPatch, folder: Path, server: ChatServer, phases: i
     with pytest.MonkeyPatch.context() as hook:
         after_each_phase(hook, lambda phase: before_phase(phase + 1))
         toy = (
-            "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --save-every 100 "
-            "--updates-per-phase 1 --guidance-rows 8 --queries-per-phase 8 --no-trials --eval-episodes 16 "
-            "--adapter none --learning-rate 0 --no-anneal-lr --llm http --llm-model tiny --llm-timeout 0.4".split()
+            "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --rnn-size 16 "
+            "--save-every 100 --updates-per-phase 1 --guidance-rows 8 --queries-per-phase 8 --no-trials "
+            "--eval-episodes 16 --adapter none --learning-rate 0 --no-anneal-lr --lr-warmup 0 --llm http "
+            "--llm-model tiny --llm-timeout 0.4".split()
         )
         steps = str(128 * phases)
         return rl.cli(

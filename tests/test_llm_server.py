@@ -407,9 +407,9 @@ def test_256_prompts_take_little_more_than_their_latency(slow_server):
 # ---- training: the same again, replay, budget, resume, asynchronous
 
 TOY_FLAGS = (
-    "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --adapter none "
+    "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --rnn-size 16 --adapter none "
     "--updates-per-phase 2 --guidance-rows 8 --queries-per-phase 8 --eval-episodes 16 --total-timesteps 1400 "
-    "--no-anneal-lr".split()  # one program, whatever the number of steps
+    "--no-anneal-lr --lr-warmup 0".split()  # one program, whatever the number of steps
 )
 
 

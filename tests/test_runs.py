@@ -21,15 +21,17 @@ import guidance
 import llm_client
 import rladapter_adapter
 import rladapter_ppo as rl
+from envs.toy import TOY as TOY_GAME
 from utils import run_folder, runs, trials
 
 ROOT = Path(__file__).parents[1]
 TOY = (
-    "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --updates-per-phase 2 "
-    "--guidance-rows 8 --queries-per-phase 4 --eval-episodes 16 --adapter none --no-anneal-lr".split()
+    "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --rnn-size 16 "
+    "--updates-per-phase 2 --guidance-rows 8 --queries-per-phase 4 --eval-episodes 16 --adapter none "
+    "--no-anneal-lr --lr-warmup 0".split()
 )  # the program of test_llm_server.py, whatever the number of steps
 CAPTION = (
-    "You see: tree (1 north).\nFacing: tree.\nInventory: nothing.\n"
+    "You see: tree (1 north).\nRemembered: nothing.\nFacing: tree.\nInventory: nothing.\n"
     "Vitals (of 9): health 9, food 9, drink 9, energy 9.\nIt is day. The player is awake.\nUnlocked: nothing."
 )
 
@@ -86,20 +88,32 @@ def numbers(folder):
 
 
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch):
+    """Within an episode, with memory, bonuses paid and a scale of values to carry on."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    assert run(whole, "--anneal-lr") == 0
+    flags = "--anneal-lr --lr-warmup 0.3 --num-steps 12".split()  # an episode has 8 steps
+    assert run(whole, *flags) == 0
 
     def stop_after_two(self, metrics):
         self.stop.asked = self.phase == 1
         return original(self, metrics)
 
-    original = runs.Run.log_phase
+    def note_start(self, env, *rest):
+        found = start(self, env, *rest)
+        started.append(env.to_host(found[0]))
+        return found
+
+    original, start, started = runs.Run.log_phase, runs.Run.start, []
     with monkeypatch.context() as patched:
         patched.setattr(runs.Run, "log_phase", stop_after_two)
-        assert run(halves, "--anneal-lr") == 130
+        assert run(halves, *flags) == 130
     assert not (halves / "summary.json").exists()
     (halves / "metrics.jsonl").open("a").write('{"phase": 2, "half a li')  # as a kill leaves it
-    assert rl.cli(["--resume", str(halves)]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(runs.Run, "start", note_start)
+        assert rl.cli(["--resume", str(halves)]) == 0
+    (carried,) = started
+    assert carried.memory.any(1).all() and carried.paid.any() and (carried.previous < len(TOY_GAME.actions)).all()
+    assert carried.value_stats.tolist() != [0, 1] and carried.update == 3
     assert numbers(whole) == numbers(halves)
     drop = ("wall_seconds", "compile_seconds", "SPS", "eval_seconds", "setup_seconds")
     a, b = (
@@ -262,7 +276,7 @@ def error_of(capsys, *argv):
     ("flags", "expected"),
     [
         ("--env-id Breakout-v5", "--env-id.*Breakout-v5.*Craftax-Classic-Symbolic-v1"),
-        ("--num-minibatches 7", "--num-minibatches: 64 envs x 96 steps = 6144"),
+        ("--num-minibatches 7", "--num-minibatches: 64 envs x 64 steps = 4096"),
         ("--num-envs -4", "--num-envs: -4"),
         ("--num-envs 0", "--num-envs: 0"),
         ("--num-envs 1000000 --num-steps 100000", "--num-envs, --num-steps"),

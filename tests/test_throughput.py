@@ -1,5 +1,6 @@
 """benchmarks/throughput.py and baseline.py: the arithmetic of rates and ratios, and that the baseline does its work."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -83,12 +84,23 @@ def test_advantages_and_loss_are_those_of_our_ppo():
     logits, new_value = jax.random.normal(keys[4], (4, 3)), jax.random.normal(keys[5], (4,))
     action, log_prob = jnp.array([0, 2, 1, 1]), jax.random.normal(keys[6], (4,)) - 1
     part = {"action": action, "log_prob": log_prob, "advantage": ours[0][0], "target": ours[1][0]}
-    args = rl.Args(clip_coef=config.clip_eps, ent_coef=config.ent_coef, vf_coef=config.vf_coef)
-    batch = rl.Transition(*[None] * 3, action, log_prob, *[None] * 5)
-    expected, _ = rl.ppo_loss(args, lambda *_: (logits, new_value), None, None, batch, ours[0][0], ours[1][0])
+    coefficients = {"ent_coef": config.ent_coef, "vf_coef": config.vf_coef, "predict_coef": 0.0}
+    args = rl.Args(clip_coef=config.clip_eps, **coefficients)
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(rl.Transition))
+    batch = rl.Transition(**nothing | {"action": action, "log_prob": log_prob, "memory": jnp.zeros((1, 4, 0))})
+    agent = lambda *_: (logits, new_value, None, None)  # noqa: E731
+    advantages = (ours[0][0] - ours[0][0].mean()) / (ours[0][0].std() + 1e-8)  # ours are normalised before the loss
+    expected, _ = rl.ppo_loss(args, agent, None, None, batch, advantages, ours[1][0])
     unmoved = baseline.ppo_loss(config, logits, new_value, part | {"value": new_value})  # nothing to clip
     np.testing.assert_allclose(unmoved, expected, rtol=1e-5)
     assert baseline.ppo_loss(config, logits, new_value, part | {"value": new_value + 1}) > unmoved
+
+
+def test_our_update_takes_the_network_of_the_baseline():
+    config = baseline.Config(num_envs=8, num_steps=4, num_minibatches=2, update_epochs=1, layer_size=8)
+    runner, play = throughput.same_work(config)
+    runner, metrics = play(runner, jax.random.key(0))
+    assert int(runner.update) == 1 and np.isfinite(float(metrics["losses"]["policy_loss"]))
 
 
 @pytest.fixture(scope="module")

@@ -100,9 +100,9 @@ def test_a_training_with_a_real_server(served, tmp_path, monkeypatch):
     url, model = served
     quiet_runs(monkeypatch)
     toy = (
-        "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --total-timesteps 400 "
-        "--no-anneal-lr --updates-per-phase 2 --guidance-rows 8 --eval-episodes 16 --adapter none --llm-cache none "
-        "--llm http"
+        "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --hidden-size 16 --rnn-size 16 "
+        "--total-timesteps 400 --no-anneal-lr --lr-warmup 0 --updates-per-phase 2 --guidance-rows 8 "
+        "--eval-episodes 16 --adapter none --llm-cache none --llm http"
     ).split()  # the program of test_llm_server.py
     flags = ["--llm-base-url", url, "--llm-model", model, "--run-dir", str(tmp_path / "run")]
     assert rl.cli([*toy, *flags]) == 0

@@ -29,6 +29,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from envs.nearest import nearest
+
 Pytree = Any
 AXIS = "envs"
 LEADER_STAYS = 2.0  # seconds that the leader waits for the others' last words
@@ -96,6 +98,14 @@ class SharedEnv:
 
     def features(self, obs: jax.Array) -> jax.Array:
         return self.env.features(obs)
+
+    def places(self, obs: jax.Array) -> jax.Array:
+        """Says of each kind of thing where the nearest one is: (..., O) -> (..., W, 3) int32, see `envs.nearest`."""
+        return self.env.places(obs)
+
+    def nearest(self, obs: jax.Array) -> jax.Array:
+        """Says it in the numbers that the policy gets: (..., O) -> (..., W, 18) f32."""
+        return nearest(self.env.places(obs), self.env.facing(obs), self.env.view)
 
     def facts(self, obs: jax.Array) -> jax.Array:
         return self.env.facts(obs)

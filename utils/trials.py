@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 WITHOUT, WITH = 0, 1  # the two arms of a trial
+AT_ONCE = 2  # options on trial at a time: an env lacks one at most, else most envs would lack some
 CONTROL_SHARE = 1 / 8  # share of the envs that an option on trial is withheld from
 MIN_VISITS = 10  # visits of each arm in a phase, below which that phase counts nothing
 DECIDED_AT_SE = 3.0  # standard errors by which an arm must lead: many trials are watched, and every phase
 
 
-def add_up_visits(
-    in_force: Callable[[Any], jax.Array], goals: jax.Array, shown: jax.Array, steps: tuple
-) -> jax.Array:
+def add_up_visits(in_force: Callable[[Any], jax.Array], goals: jax.Array, shown: jax.Array, steps: tuple) -> jax.Array:
     """Adds up over T steps and N envs.
 
     visits: how often an option came into force. returns, squares: of what an env earned from there on. successes:
@@ -103,7 +102,28 @@ def trial_z(trial: np.ndarray) -> np.ndarray:
     return trial[:, 0] / np.sqrt(np.maximum(trial[:, 1], 1e-9))
 
 
+def choose(z: np.ndarray, times_tried: np.ndarray, visits: np.ndarray) -> list[int]:
+    """Chooses up to AT_ONCE options to put on trial: undecided ones, the least tried first, of those the most used."""
+    order = np.lexsort((-visits, times_tried))
+    return [int(k) for k in order if visits[k] > 0 and abs(z[k]) <= DECIDED_AT_SE][:AT_ONCE]
+
+
 def show_probability(z: np.ndarray) -> np.ndarray:
-    """Returns (K,) how many envs get an option in training: all a winner, few a loser, most of the others."""
-    undecided = np.where(z < -DECIDED_AT_SE, CONTROL_SHARE, 1 - CONTROL_SHARE)
-    return np.where(z > DECIDED_AT_SE, 1.0, undecided)
+    """Returns (K,) how many envs get an option that is not on trial: few a loser, all the others."""
+    return np.where(z < -DECIDED_AT_SE, CONTROL_SHARE, 1.0)
+
+
+def draw_shown(key: jax.Array, show_probability: jax.Array, on_trial: jax.Array, num_envs: int) -> jax.Array:
+    """Draws who gets what.
+
+    Args:
+        show_probability: (K,)
+        on_trial: (AT_ONCE,) int32, the options on trial, K for none; each is withheld from other envs
+    Returns:
+        (N, K) bool
+    """
+    key_arm, key_shown = jax.random.split(key)
+    arm = jax.random.uniform(key_arm, (num_envs, 1)) / CONTROL_SHARE
+    held_back = arm.astype(jnp.int32) == jnp.arange(AT_ONCE)  # (N, AT_ONCE)
+    withheld = (held_back[..., None] & (on_trial[:, None] == jnp.arange(len(show_probability)))).any(1)
+    return (jax.random.uniform(key_shown, withheld.shape) < show_probability) & ~withheld

@@ -4,18 +4,22 @@
 `max_timesteps` (10,000) ends like a death, its value is not bootstrapped.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from craftax.craftax_classic.constants import OBS_DIM, Achievement, Action, BlockType
 from craftax.craftax_classic.envs.craftax_state import EnvParams, EnvState, StaticEnvParams
 from craftax.craftax_classic.game_logic import craftax_step, is_game_over
 from craftax.craftax_classic.world_gen import generate_world
 
 from envs.crafter import CRAFTER, captions, goals
+from envs.crafter.vocabulary import BASIC_SUB_GOALS, KINDS, LASTING
 from envs.game import Game
+from envs.nearest import remember_places
 
 assert tuple(a.name.lower() for a in Achievement) == CRAFTER.achievements, "craftax has changed its achievements"
 assert tuple(a.name.lower().replace("_", " ") for a in Action) == CRAFTER.actions, "craftax has changed its actions"
@@ -24,6 +28,8 @@ NUM_BLOCKS = len(BlockType)
 ROWS, COLS = OBS_DIM  # 7, 9
 CELLS = ROWS * COLS
 MARGIN = max(OBS_DIM)  # padding that keeps every view inside the padded map
+DAY, HOURS = 300, 150  # a day in steps, and in what the clock shows
+STAY = np.array([kind in LASTING for kind in KINDS])
 REFILL_CHUNK = 8  # worlds made at a time when a small pool is refilled; a sixteenth of a large one
 
 
@@ -42,6 +48,7 @@ class Pool:
 class VectorState:
     envs: EnvState  # (N, ...)
     pool: Pool
+    obs: jax.Array  # (N, 218) uint8, what the players see and remember
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class CraftaxEnv:
     num_pools: int = 1
     params: EnvParams = EnvParams()
     static_params: StaticEnvParams = StaticEnvParams()
+    view: tuple[int, int] = (ROWS, COLS)
 
     game: Game = CRAFTER
 
@@ -66,7 +74,8 @@ class CraftaxEnv:
         key_envs, key_pool = jax.random.split(key)
         worlds = self._generate(jax.random.split(key_pool, (self.num_pools, self.pool_size)))
         zeros = jnp.zeros(self.num_pools, jnp.int32)
-        return VectorState(self._generate(jax.random.split(key_envs, num_envs)), Pool(worlds, zeros, zeros))
+        envs = self._generate(jax.random.split(key_envs, num_envs))
+        return VectorState(envs, Pool(worlds, zeros, zeros), first_look(jax.vmap(observe_one)(envs)))
 
     def refill(self, keys: jax.Array, state: VectorState) -> VectorState:
         """Move unused worlds to the back of the pools and make new ones in front of them."""
@@ -88,7 +97,7 @@ class CraftaxEnv:
             return jax.tree.map(put, worlds, new)
 
         worlds = jax.lax.fori_loop(0, num_chunks.max(), make_chunk, pool.worlds)
-        return VectorState(state.envs, Pool(worlds, jnp.zeros_like(pool.used), pool.reused))
+        return dataclasses.replace(state, pool=Pool(worlds, jnp.zeros_like(pool.used), pool.reused))
 
     def step(
         self, keys: jax.Array, state: VectorState, action: jax.Array
@@ -99,16 +108,20 @@ class CraftaxEnv:
         )
         done = jax.vmap(is_game_over, in_axes=(0, None))(envs, self.params)
         reached, worked = jax.vmap(goals.detect)(before, action, envs)
-        info = {"reached": reached, "worked": worked, "achievements": envs.achievements}
         # Most steps end no episode: the worlds are only touched when one does.
-        state = jax.lax.cond(done.any(), _start_episodes, lambda s, _: s, VectorState(envs, state.pool), done)
-        return state, reward, done, info
+        stepped = dataclasses.replace(state, envs=envs)
+        begun = jax.lax.cond(done.any(), _start_episodes, lambda s, _: s, stepped, done)
+        view, moved = jax.vmap(observe_one)(begun.envs), envs.player_position - before.player_position
+        age = plant_age(state.obs, envs.timestep, reached)
+        obs = jnp.where(done[:, None], first_look(view), look_again(state.obs, view, moved, envs.timestep, age))
+        info = {"reached": reached, "worked": worked, "achievements": envs.achievements}
+        return dataclasses.replace(begun, obs=obs), reward, done, info
 
     def observe(self, state: VectorState) -> jax.Array:
-        return jax.vmap(observe_one)(state.envs)
+        return state.obs
 
     def features(self, obs: jax.Array) -> jax.Array:
-        """The same numbers in the same order as craftax's symbolic observation, (..., 1345) f32."""
+        """The numbers of craftax's symbolic observation in its order, then the clock and plants: (..., 1349) f32."""
         blocks = jax.nn.one_hot(obs[..., captions.BLOCKS], NUM_BLOCKS, dtype=jnp.float32)
         mobs = (obs[..., captions.MOBS, None] >> jnp.arange(4, dtype=jnp.uint8)) & 1
         grid = jnp.concatenate([blocks, mobs.astype(jnp.float32)], axis=-1)  # (..., 63, 21)
@@ -116,7 +129,16 @@ class CraftaxEnv:
         direction = jax.nn.one_hot(obs[..., captions.DIRECTION], 4, dtype=jnp.float32)
         light = obs[..., captions.LIGHT, None].astype(jnp.float32) / 255.0
         asleep = obs[..., captions.ASLEEP, None].astype(jnp.float32)
-        return jnp.concatenate([grid.reshape(*obs.shape[:-1], -1), numbers, direction, light, asleep], axis=-1)
+        turn = obs[..., captions.HOUR, None].astype(jnp.float32) * (2 * jnp.pi / HOURS)
+        age = obs[..., captions.PLANT_AGE, None].astype(jnp.float32) / captions.RIPE_AGE
+        parts = [numbers, direction, light, asleep, jnp.sin(turn), jnp.cos(turn), jnp.minimum(age, 1.0), age >= 1.0]
+        return jnp.concatenate([grid.reshape(*obs.shape[:-1], -1), *parts], axis=-1)
+
+    def places(self, obs: jax.Array) -> jax.Array:
+        return captions.places(obs)
+
+    def facing(self, obs: jax.Array) -> jax.Array:
+        return captions.facing(obs)
 
     def facts(self, obs: jax.Array) -> jax.Array:
         return captions.facts(obs)
@@ -148,11 +170,43 @@ def _start_episodes(state: VectorState, done: jax.Array) -> VectorState:
     envs = jax.tree.map(choose, pool.worlds, state.envs)
     reused = (done & (index >= pool_size)).sum(1, dtype=jnp.int32)
     used = pool.used + done.sum(1, dtype=jnp.int32)
-    return VectorState(envs, Pool(pool.worlds, used, pool.reused + reused))
+    return dataclasses.replace(state, envs=envs, pool=Pool(pool.worlds, used, pool.reused + reused))
+
+
+def first_look(view: jax.Array) -> jax.Array:
+    """What a player knows when its life begins: view (N, 167) uint8 -> obs (N, 218) uint8."""
+    clock = jnp.zeros((*view.shape[:-1], 2), jnp.uint8)  # dawn, no plant
+    shelter = captions.shelter(view)[:, None]
+    return jnp.concatenate([view, captions.stored_places(captions.places_in_view(view)), clock, shelter], -1)
+
+
+def look_again(obs: jax.Array, view: jax.Array, moved: jax.Array, time: jax.Array, age: jax.Array) -> jax.Array:
+    """What a player knows after a step.
+
+    Args:
+        obs: (N, 218) uint8 before it
+        view: (N, 167) uint8 after it
+        moved: (N, 2) int32, how far the step moved the player
+        time: (N,) int32, steps since its life began
+        age: (N,) uint8 of its oldest plant, of `plant_age`
+    """
+    seen = captions.places_in_view(view)
+    places = remember_places(captions.places(obs), moved, seen, STAY, OBS_DIM)
+    hour = (time % DAY * HOURS // DAY).astype(jnp.uint8)
+    numbers = jnp.stack([hour, age, captions.shelter(view)], -1)
+    return jnp.concatenate([view, captions.stored_places(places), numbers], -1)
+
+
+def plant_age(obs: jax.Array, time: jax.Array, reached: jax.Array) -> jax.Array:
+    """Counts how old a player's first plant is, in quarters of steps: (N, 218), (N,), (N, 22) bool -> (N,) uint8."""
+    age = obs[..., captions.PLANT_AGE]
+    planted = (age == 0) & reached[:, BASIC_SUB_GOALS.index("place plant")]
+    older = age + ((age > 0) & (age < 255) & (time % 4 == 0))
+    return jnp.where(reached[:, BASIC_SUB_GOALS.index("eat plant")], 0, older + planted).astype(jnp.uint8)
 
 
 def observe_one(state: EnvState) -> jax.Array:
-    """Everything that matters about one game in 167 bytes; the layout is that of `envs.crafter.captions`.
+    """Everything that the game shows of itself in 167 bytes; the layout is that of `envs.crafter.captions`.
 
     Equal to craftax's symbolic observation but for its mob map, where a mob out of view can hide one in view (an index
     that wraps around, Craftax issue 57), and for the light, rounded to 1/255.

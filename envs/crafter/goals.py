@@ -2,9 +2,9 @@
 
 A detector looks at the state before a step, the action, and the state after it. *Reached* means that the thing itself
 happened (again): wood was added to the inventory, a cow was eaten, the player woke up. *Worked towards* is what a bonus
-may reward: the same, but every hit on a mob counts, and every point of energy that sleep restores. Neither can be had
-for nothing: drinking when not thirsty, or mining with a full inventory, is not detected, except for the first time,
-when it unlocks the achievement.
+may reward: the same, but every hit on a mob counts, and every step asleep until energy is full (else steps that are
+paid elsewhere would be worth more than a nap). Neither can be had for nothing: drinking when not thirsty, or mining
+with a full inventory, is not detected, except for the first time, when it unlocks the achievement.
 """
 
 import jax
@@ -59,7 +59,7 @@ def detect(before: EnvState, action: jax.Array, after: EnvState) -> tuple[jax.Ar
     drinking = doing & ~any_hit & (block == BlockType.WATER.value)
     reached["drink water"] = drinking & (after.player_drink > before.player_drink)
     reached["sleep"] = before.is_sleeping & ~after.is_sleeping
-    worked["sleep"] = before.is_sleeping & (after.player_energy > before.player_energy)
+    worked["sleep"] = before.is_sleeping & (before.player_energy < 9)
 
     first_time = after.achievements & ~before.achievements
     all_reached = jnp.stack([reached[goal] for goal in BASIC_SUB_GOALS]) | first_time

@@ -43,7 +43,7 @@ THINGS: dict[str, str] = {
     "make wood sword": "crafting table",
     "attack zombie": "zombie",
     "mine stone": "stone",
-    "eat plant": "ripe plant",
+    "eat plant": "plant",
     "attack skeleton": "skeleton",
     "make stone pickaxe": "crafting table",
     "make stone sword": "crafting table",
@@ -54,42 +54,71 @@ THINGS: dict[str, str] = {
     "make iron sword": "furnace",
 }
 
-# (sub-goal, when it is wise), the most urgent first: a life in danger, what the analysis names (`advise`), the next
-# tool, then what it takes, then what earns a first reward. Where a thing need not be in view for its sub-goal to be
-# wise the list does not ask for it: the player sees for itself, and the fewer facts a piece of advice rests on, the
-# more situations it serves.
+# (sub-goal, when it is wise), the most urgent first: a life in danger, what can be made now, what is in view for the
+# first time, what the next tool takes; last, in `advise`, what the analysis names. Where a thing need not be known for
+# its sub-goal to be wise the list does not ask for it: the player sees for itself, and the fewer facts a piece of
+# advice rests on, the more situations it serves.
+_PICKAXE = "unlocked make wood pickaxe"
 URGENT = (
     ("attack zombie", ("zombie near",)),
     ("drink water", ("drink low",)),
     ("attack cow", ("food low",)),
-    ("eat plant", ("food low", "ripe plant in view")),
-    ("sleep", ("energy low",)),
+    ("eat plant", ("ripe plant in view", "food low")),
+    ("eat plant", ("ripe plant in view", "not unlocked eat plant")),
+    ("eat plant", ("plant ripe by now", "plant known", "not unlocked eat plant")),
+    ("sleep", ("enclosed", "dark", "not energy >= 7")),
+    ("place stone", ("one stone from shelter", "dark", "stone >= 1")),
+    ("place stone", ("one stone from shelter", "energy low", "stone >= 1")),
+    ("sleep", ("energy low", "enclosed")),
+    ("sleep", ("energy low", "not zombie in view")),
 )
-_AT_TABLE = "crafting table in view"
-WISE = (
-    ("make iron pickaxe", ("not unlocked make iron pickaxe", "iron >= 1", "furnace in view", _AT_TABLE)),
-    ("make iron sword", ("not unlocked make iron sword", "iron >= 1", "furnace in view", _AT_TABLE)),
+# Each thing earns a reward once a life: what would be the first one, and is in view, the rarest first.
+FIRST = tuple(
+    (sub_goal, (f"not unlocked {achievement}", *NEEDS[sub_goal]))
+    for sub_goal, achievement in (
+        ("mine diamond", "collect diamond"),
+        ("mine iron", "collect iron"),
+        ("mine coal", "collect coal"),
+        ("mine stone", "collect stone"),
+        ("drink water", "collect drink"),
+        ("attack cow", "eat cow"),
+        ("chop tree", "collect wood"),
+        ("attack skeleton", "defeat skeleton"),
+    )
+)
+_AT_TABLE = "table close"
+_AWAY = f"not {_AT_TABLE}"
+_IRON_BAG = ("wood >= 1", "stone >= 1", "coal >= 1", "iron >= 1", "furnace close", _AT_TABLE)
+MAKE = (
+    ("make iron pickaxe", ("not unlocked make iron pickaxe", *_IRON_BAG)),
+    ("make iron sword", ("not unlocked make iron sword", "unlocked make iron pickaxe", *_IRON_BAG)),
     ("make stone pickaxe", ("not unlocked make stone pickaxe", "stone >= 1", "wood >= 1", _AT_TABLE)),
     ("make stone sword", ("not unlocked make stone sword", "stone >= 1", "wood >= 1", _AT_TABLE)),
     ("make wood pickaxe", ("not unlocked make wood pickaxe", "wood >= 1", _AT_TABLE)),
     ("make wood sword", ("not unlocked make wood sword", "wood >= 1", _AT_TABLE)),
-    ("place furnace", ("iron >= 1", "stone >= 1", "not furnace in view", _AT_TABLE)),
+    ("place furnace", ("iron >= 1", "coal >= 1", "stone >= 2", "not furnace in reach", "table in reach")),
     ("place furnace", ("not unlocked place furnace", "stone >= 1")),
     ("place stone", ("not unlocked place stone", "stone >= 1")),
     ("place plant", ("not unlocked place plant", "sapling >= 1")),
     ("place crafting table", ("not unlocked place table", "wood >= 2")),
-    ("place crafting table", ("not " + _AT_TABLE, "wood >= 4", "not unlocked make iron pickaxe")),
+    ("place crafting table", (_AWAY, "wood >= 3", "stone >= 1", "not unlocked make stone pickaxe")),
+    ("place crafting table", (_AWAY, "wood >= 3", "stone >= 1", "not unlocked make stone sword")),
+    ("place crafting table", (_AWAY, "wood >= 3", "iron >= 1", "coal >= 1", "not unlocked make iron pickaxe")),
+    ("place crafting table", (_AWAY, "wood >= 3", "iron >= 1", "coal >= 1", "not unlocked make iron sword")),
+)
+WISE = (
+    ("sleep", ("not unlocked wake up", "not energy full", "not dark", "not zombie in view")),  # a nap: 12 steps
     ("mine diamond", ("unlocked make iron pickaxe", "not unlocked collect diamond")),
-    ("mine iron", ("unlocked make stone pickaxe", "not iron >= 2")),
-    ("mine coal", ("unlocked make wood pickaxe", "not coal >= 2")),
-    ("mine stone", ("unlocked make wood pickaxe", "not stone >= 4")),
-    ("chop tree", ("not wood >= 4",)),
+    ("mine iron", ("unlocked make stone pickaxe", "not iron >= 2", "not unlocked make iron sword")),
+    ("mine coal", (_PICKAXE, "not coal >= 2")),
+    ("mine stone", (_PICKAXE, "not stone >= 6")),
+    ("chop tree", ("not wood >= 6",)),
     ("drink water", ("not unlocked collect drink",)),
     ("attack cow", ("not unlocked eat cow",)),
     ("chop grass", ("not unlocked collect sapling",)),
-    ("sleep", ("not unlocked wake up", "not energy full")),
+    ("drink water", ("not drink >= 7", "water in view")),
+    ("attack cow", ("not food >= 7", "cow in view")),
     ("attack zombie", ("not unlocked defeat zombie",)),
-    ("attack skeleton", ("not unlocked defeat skeleton", "skeleton in view")),
 )
 
 
@@ -103,7 +132,7 @@ def advise(truths: dict[str, bool], named: Sequence[int]) -> Advice:
     """
     heeded = tuple((BASIC_SUB_GOALS[i], (f"not {FACTS[i]}", *NEEDS[BASIC_SUB_GOALS[i]])) for i in named)
     advice: dict[str, tuple[str, ...]] = {}
-    for sub_goal, reasons in (*URGENT, *heeded, *WISE):
+    for sub_goal, reasons in (*URGENT, *MAKE, *FIRST, *WISE, *heeded):
         if holds(truths, reasons):
             advice.setdefault(sub_goal, reasons)
     return [(SUB_GOALS.index(sub_goal), reasons) for sub_goal, reasons in advice.items()]

@@ -48,18 +48,34 @@ SIGHTS = (
     "cow", "zombie", "skeleton", "arrow",
 )  # fmt: skip
 
-AMOUNTS = (
-    ("wood", 1), ("wood", 2), ("wood", 4), ("stone", 1), ("stone", 4), ("coal", 1), ("coal", 2), ("iron", 1),
-    ("iron", 2), ("sapling", 1),
+# Things that advice can point at, and whose nearest place the policy sees: blocks, then mobs.
+KINDS = (
+    "grass", "water", "stone", "tree", "path", "coal", "iron", "diamond", "crafting table", "furnace", "lava", "plant",
+    "zombie", "cow", "skeleton", "arrow",
 )  # fmt: skip
 
-# Fact names, (P,). The order is the layout of every situation: unlocked, amounts, vitals, view, the rest.
+AMOUNTS = (
+    ("wood", 1), ("wood", 2), ("wood", 3), ("wood", 4), ("wood", 6), ("stone", 1), ("stone", 2), ("stone", 4),
+    ("stone", 6), ("coal", 1), ("coal", 2), ("iron", 1), ("iron", 2), ("sapling", 1), ("food", 7),
+    ("drink", 7), ("energy", 7),
+)  # fmt: skip
+
+# Kinds that stay where they were seen (cows wander, but not far), and those whose place is worth a fact.
+LASTING = tuple(kind for kind in KINDS if kind not in ("zombie", "skeleton", "arrow"))
+KNOWN = ("tree", "water", "stone", "coal", "iron", "diamond", "crafting table", "furnace", "plant", "cow")
+CLOSE = 8  # a table or furnace is close within this many steps: no need of another one
+
+# Fact names, (P,). The order is the layout of every situation: unlocked, amounts, vitals, view, places, the rest.
 _UNLOCKED = tuple("unlocked " + name.replace("_", " ") for name in ACHIEVEMENTS)
 _AMOUNTS = tuple(f"{item} >= {n}" for item, n in AMOUNTS)
 _LOW = tuple(f"{vital} low" for vital in VITALS)
 _VIEW = tuple(f"{sight} in view" for sight in SIGHTS)
-_REST = ("zombie near", "table in reach", "furnace in reach", "energy full", "dark", "asleep", "enclosed")
-FACTS = _UNLOCKED + _AMOUNTS + _LOW + _VIEW + _REST
+_KNOWN = tuple(f"{kind} known" for kind in KNOWN) + ("table close", "furnace close")
+_REST = (
+    "zombie near", "table in reach", "furnace in reach", "energy full", "evening", "dark", "asleep",
+    "one stone from shelter", "enclosed", "plant ripening", "plant ripe by now",
+)  # fmt: skip
+FACTS = _UNLOCKED + _AMOUNTS + _LOW + _VIEW + _KNOWN + _REST
 
 # Other words for the same sub-goal, as language models like to put them. Keys are in normal form (`Game.normalise`).
 SUB_GOAL_ALIASES = {
@@ -106,6 +122,8 @@ FACT_ALIASES = {
     "crafting table in view": "table in view, workbench in view",
     "table in reach": "crafting table in reach, crafting table nearby, table nearby, near table, near crafting table",
     "furnace in reach": "furnace nearby, near furnace",
+    "crafting table known": "table known, knows a table, remembers a table",
+    "table close": "crafting table close",
     "zombie near": "zombie nearby, zombie is near, zombie close",
     "drink low": "thirsty, water low, thirst low, low drink",
     "food low": "hungry, low food, hunger low",

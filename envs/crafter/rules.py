@@ -101,8 +101,8 @@ MAKE = (
     ("place stone", ("not unlocked place stone", "stone >= 1")),
     ("place plant", ("not unlocked place plant", "sapling >= 1")),
     ("place crafting table", ("not unlocked place table", "wood >= 2")),
-    ("place crafting table", (_AWAY, "wood >= 3", "stone >= 1", "not unlocked make stone pickaxe")),
-    ("place crafting table", (_AWAY, "wood >= 3", "stone >= 1", "not unlocked make stone sword")),
+    ("place crafting table", (_AWAY, "wood >= 4", "stone >= 1", "not unlocked make stone pickaxe")),
+    ("place crafting table", (_AWAY, "wood >= 3", "stone >= 1", "unlocked make stone pickaxe", "not unlocked make stone sword")),
     ("place crafting table", (_AWAY, "wood >= 3", "iron >= 1", "coal >= 1", "not unlocked make iron pickaxe")),
     ("place crafting table", (_AWAY, "wood >= 3", "iron >= 1", "coal >= 1", "not unlocked make iron sword")),
 )

@@ -162,7 +162,7 @@ def test_seeds_go_round_before_the_next_one(tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, capsys, words, message):
-    begun(tmp_path / "none-1", ["--seed", "1"])
+    begun(tmp_path / "none-1", run.flags_of("main", "guided", 1))
     (tmp_path / "facts-1").mkdir()
     assert run.main(["--runs-dir", str(tmp_path), "--seeds", "1", *words]) == 2
     error = capsys.readouterr().err

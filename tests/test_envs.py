@@ -447,7 +447,9 @@ def test_sleep_is_reached_on_waking_and_worked_towards_by_rest(world, play):
     asleep = world.replace(is_sleeping=jnp.asarray(True), player_energy=jnp.int32(5), player_fatigue=jnp.float32(-10.0))
     reached, worked, after = play(asleep, Action.NOOP)
     assert (reached, worked) == (set(), {"sleep"}) and int(after.player_energy) == 6
-    assert play(asleep.replace(player_fatigue=jnp.float32(-3.0)), Action.NOOP)[1] == set()
+    restless = asleep.replace(player_fatigue=jnp.float32(-3.0))
+    assert play(restless, Action.NOOP)[1] == {"sleep"}  # every step of it, also one that restores nothing
+    assert play(restless.replace(is_sleeping=jnp.asarray(False)), Action.NOOP)[1] == set()
     rested = asleep.replace(player_energy=jnp.int32(9))
     assert play(rested, Action.NOOP)[0] == {"sleep"}
 

@@ -88,6 +88,7 @@ FIRST = tuple(
 )
 _AT_TABLE = "table close"
 _AWAY = f"not {_AT_TABLE}"
+_STONE_PICKAXE = "unlocked make stone pickaxe"
 _IRON_BAG = ("wood >= 1", "stone >= 1", "coal >= 1", "iron >= 1", "furnace close", _AT_TABLE)
 MAKE = (
     ("make iron pickaxe", ("not unlocked make iron pickaxe", *_IRON_BAG)),
@@ -101,15 +102,15 @@ MAKE = (
     ("place stone", ("not unlocked place stone", "stone >= 1")),
     ("place plant", ("not unlocked place plant", "sapling >= 1")),
     ("place crafting table", ("not unlocked place table", "wood >= 2")),
-    ("place crafting table", (_AWAY, "wood >= 4", "stone >= 1", "not unlocked make stone pickaxe")),
-    ("place crafting table", (_AWAY, "wood >= 3", "stone >= 1", "unlocked make stone pickaxe", "not unlocked make stone sword")),
+    ("place crafting table", (_AWAY, "wood >= 4", "stone >= 1", f"not {_STONE_PICKAXE}")),  # wood for both tools
+    ("place crafting table", (_AWAY, "wood >= 3", "stone >= 1", _STONE_PICKAXE, "not unlocked make stone sword")),
     ("place crafting table", (_AWAY, "wood >= 3", "iron >= 1", "coal >= 1", "not unlocked make iron pickaxe")),
     ("place crafting table", (_AWAY, "wood >= 3", "iron >= 1", "coal >= 1", "not unlocked make iron sword")),
 )
 WISE = (
     ("sleep", ("not unlocked wake up", "not energy full", "not dark", "not zombie in view")),  # a nap: 12 steps
     ("mine diamond", ("unlocked make iron pickaxe", "not unlocked collect diamond")),
-    ("mine iron", ("unlocked make stone pickaxe", "not iron >= 2", "not unlocked make iron sword")),
+    ("mine iron", (_STONE_PICKAXE, "not iron >= 2", "not unlocked make iron sword")),
     ("mine coal", (_PICKAXE, "not coal >= 2")),
     ("mine stone", (_PICKAXE, "not stone >= 6")),
     ("chop tree", ("not wood >= 6",)),

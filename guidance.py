@@ -51,7 +51,7 @@ class TableArgs:
     queries_per_phase: int = 16
     """questions to the guide at a pause, at most"""
     trials: bool = True
-    """A/B test of advice: two pieces at a time are withheld from 1 in 8 envs each, to measure whether they help"""
+    """A/B test of advice: two pieces at a time are withheld from 1 in 8 envs each, to measure whether advice helps"""
     comprehension: Literal["cosine", "cosine-actions", "binary", "success", "none"] = "cosine"
     """how well advice was understood. cosine: between embeddings of the sub-goals reached and advised; cosine-actions:
     of the actions taken, as in the paper; binary: was the advised sub-goal reached; success: share of visits that

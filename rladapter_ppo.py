@@ -718,8 +718,8 @@ def check_args(args: Args) -> None:
         check_ranges(group, owner.LIMITS)
     if args.num_envs % args.num_minibatches:
         raise ValueError(
-            f"--num-minibatches: {args.num_envs} envs x {args.num_steps} steps = {args.batch_size} samples can't be "
-            f"divided into {args.num_minibatches} minibatches; change --num-envs, --num-steps or --num-minibatches"
+            f"--num-minibatches: {args.num_envs} envs can't be divided into {args.num_minibatches} minibatches of "
+            "whole envs; change --num-envs or --num-minibatches"
         )
     if args.batch_size * 200 > 64 * 2**30:
         raise ValueError(f"--num-envs, --num-steps: {args.batch_size} samples are too many; choose smaller ones")

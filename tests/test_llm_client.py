@@ -30,6 +30,7 @@ from llm_client import (
     RandomGuide,
     Reply,
     RulesGuide,
+    ShuffledGuide,
     build_messages,
     make_guide,
     parse_reply,
@@ -399,6 +400,17 @@ def test_random_guide_is_deterministic_in_seed_messages_and_sample():
         advice = parsed(text)
         assert len(advice) == 3 and max(advice) < CRAFTER.num_basic
         assert all(len(reasons) == 2 for reasons in advice.values())
+
+
+def test_the_shuffled_guide_exchanges_the_sub_goals_and_keeps_order_and_reasons():
+    right, wrong = (
+        parsed(replies_of(guide(CRAFTER, 1), [question(CAPTION)])[0].text) for guide in (RulesGuide, ShuffledGuide)
+    )
+    assert list(right.values()) == list(wrong.values()) and list(right) != list(wrong)
+    others = dict(zip(right, wrong, strict=True))
+    again = parsed(replies_of(ShuffledGuide(CRAFTER, 1), [question(BARE)])[0].text)
+    for goal, other in zip(parsed(replies_of(RulesGuide(CRAFTER, 1), [question(BARE)])[0].text), again, strict=True):
+        assert others.get(goal, other) == other  # the same exchange in every situation
 
 
 def test_random_guide_of_a_small_game():

@@ -1,6 +1,7 @@
 """The algorithm: GAE, PPO loss, contexts, phases, evaluation. Mostly on the toy game, which compiles fast."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -194,6 +195,50 @@ def test_ratio_is_one_in_crafter_over_the_ends_of_short_lives():
     assert largest_log_ratio(agent, params, table, transitions) < 1e-6
     other = dataclasses.replace(transitions, memory=jnp.zeros_like(transitions.memory))
     assert largest_log_ratio(agent, params, table, other) > 1e-6
+
+
+def test_the_prediction_loss_against_a_loop():
+    """What ends an episode leads nowhere, and what the last step of a rollout leads to is not known."""
+    agent, runner, host_table = setup(TOY)
+    table = host_table.for_evaluation()
+    batch = second_rollout(dataclasses.replace(TOY, num_steps=11), agent, runner, table)
+    assert batch.done[:-1].any()
+    seen = {name: getattr(batch, name) for name in rl.SEEN}
+    *_, hidden = agent(runner.params, table, seen, batch.memory[0])
+    predicted = nnx.merge(agent.graphdef, runner.params).predict(hidden, batch.action)
+    near = ENV.nearest(batch.obs)
+    state = np.concatenate([near.reshape(*near.shape[:2], -1), batch.facts], -1)
+    errors = [
+        0.0 if batch.done[t, n] else ((predicted[t, n] - (state[t + 1, n] - state[t, n])) ** 2).sum()
+        for t in range(len(state) - 1)
+        for n in range(state.shape[1])
+    ]
+    loss = rl.predict_loss(agent, runner.params, hidden, batch)
+    np.testing.assert_allclose(loss, np.mean(errors), rtol=1e-4)
+
+
+def places(*kinds):
+    """Places (1, 2, 3) of two kinds of things; None for one that is not known."""
+    return np.array([[(0, 0, 0) if kind is None else (*kind, 2) for kind in kinds]])
+
+
+@pytest.mark.parametrize(
+    ("pointed", "before", "now", "steps"),
+    [
+        (0, places((0, 3), None), places((0, 2), None), 1),
+        (0, places((0, 3), None), places((0, 4), None), -1),
+        (0, places((0, 3), (1, 0)), places((0, 3), (2, 0)), 0),  # only the first thing pointed at counts
+        (1, places((0, 3), (-2, 0)), places((0, 3), (-1, 0)), 1),
+        (0, places((0, 1), None), places((3, 1), None), 0),  # another one is the nearest now: no step
+        (0, places((0, 1), None), places(None, None), 0),  # it is used up
+        (0, places(None, None), places((0, 1), None), 0),
+        (2, places((0, 2), (0, 2)), places((0, 1), (0, 1)), 0),  # nothing is pointed at
+    ],
+)
+def test_steps_closer(pointed, before, now, steps):
+    env = SimpleNamespace(places=lambda obs: obs, game=SimpleNamespace(kinds=("tree", "water")))
+    seen = {"pointed": jnp.array([[pointed, 2]]), "obs": jnp.asarray(before)}
+    assert float(rl.steps_closer(env, seen, jnp.asarray(now))[0]) == steps
 
 
 def test_memory_says_nothing_of_the_episode_before():

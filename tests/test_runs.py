@@ -276,7 +276,7 @@ def error_of(capsys, *argv):
     ("flags", "expected"),
     [
         ("--env-id Breakout-v5", "--env-id.*Breakout-v5.*Craftax-Classic-Symbolic-v1"),
-        ("--num-minibatches 7", "--num-minibatches: 64 envs x 64 steps = 4096"),
+        ("--num-minibatches 7", "--num-minibatches: 64 envs can't be divided into 7"),
         ("--num-envs -4", "--num-envs: -4"),
         ("--num-envs 0", "--num-envs: 0"),
         ("--num-envs 1000000 --num-steps 100000", "--num-envs, --num-steps"),

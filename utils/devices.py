@@ -188,7 +188,7 @@ def share_env(
         raise ValueError(f"--num-envs: {num_envs} can't be divided among {total} devices (--num-devices)")
     if minibatch_size % total:
         raise ValueError(
-            f"--num-minibatches: minibatches of {minibatch_size} samples can't be divided among {total} devices "
+            f"--num-minibatches: minibatches of {minibatch_size} envs can't be divided among {total} devices "
             "(--num-devices)"
         )
     return SharedEnv(make_env(env_id, num_envs, total), mesh)

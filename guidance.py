@@ -60,7 +60,7 @@ class TableArgs:
     """text embedding of the sub-goals' names. hash: needs no model; else a BERT's folder or hub id"""
 
 
-LIMITS = {"guidance_rows": (1, 2**16), "queries_per_phase": (0, 2**16)}
+LIMITS = {"guidance_rows": (1, 2**12), "queries_per_phase": (0, 2**16)}
 
 
 # --------------------------------------------------------------------------------------------------

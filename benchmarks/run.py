@@ -106,7 +106,6 @@ SUITES = {
         "--queries-per-phase 2 --eval-episodes 16 --adapter none --total-timesteps 2000",
     ),
 }  # fmt: skip
-RENAMED = {"--candidates 1": "--no-trials"}  # flags of older results, and what they are called today
 SuiteName = Literal["main", "comprehension", "toy"]
 FREE_FLAGS = {"run_dir", "resume", "exp_name", "track", "save_every"}  # these change no result
 

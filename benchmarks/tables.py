@@ -74,7 +74,7 @@ def methods_table() -> str:
 def results_table(results: Results) -> str:
     """Final evaluations: the mean over the seeds, each seed's return, and how far the full method leads."""
     header = ["Method", "Name", "return: mean (each seed)", "reward %", "score %", "LLM calls"]
-    header.append(f"return of `{FULL}` minus this [95 %]")
+    header += [f"{key} of `{FULL}` minus this [95 %]" for key in ("return", "score")]
     rows = []
     for name, runs in results.items():
         returns = column(runs, "episodic_return")
@@ -82,17 +82,17 @@ def results_table(results: Results) -> str:
         reward, score, calls = (column(runs, key).mean() for key in ("reward_percent", "score", "llm_calls"))
         shown = f"**{returns.mean():.2f}** ({each})"
         row = [what(name), f"`{name}`", shown, f"{reward:.1f}", f"{score:.1f}", f"{calls:.0f}"]
-        rows.append([*row, "" if name == FULL else lead(results, name)])
+        rows.append([*row, *("" if name == FULL else lead(results, name, key) for key in ("episodic_return", "score"))])
     return markdown(header, rows)
 
 
-def lead(results: Results, name: str) -> str:
-    """The paired difference in return between the full method and this variant [95 % t-interval]"""
+def lead(results: Results, name: str, key: str) -> str:
+    """The paired difference in return or score between the full method and this variant [95 % t-interval]"""
     seeds = sorted(results.get(FULL, {}).keys() & results[name].keys())
     if not seeds:
         return ""
     difference = paired_difference(
-        *[column({seed: results[which][seed] for seed in seeds}, "episodic_return") for which in (FULL, name)]
+        *[column({seed: results[which][seed] for seed in seeds}, key) for which in (FULL, name)]
     )
     low, high = difference.interval or (None, None)
     return f"{difference.mean:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")

@@ -40,8 +40,6 @@ def test_every_result_says_where_it_came_from(path):
 
 
 def flags(command):
-    for old, new in run.RENAMED.items():
-        command = command.replace(old, new)
     words = shlex.split(command)
     assert words[:2] == ["python", "rladapter_ppo.py"]
     return run.runs.flags(tyro.cli(run.rl.Args, args=words[2:]))

@@ -86,11 +86,10 @@ def two_kinds(known: jax.Array, active: jax.Array, urgency: jax.Array, kinds: ja
     num_kinds, found = known.shape[-1], []
     active = active & jnp.pad(known, ((0, 0), (0, 1)))[:, kinds]
     for _ in range(2):
-        first = jnp.where(active, urgency, jnp.inf).argmin(-1)
-        kind = jnp.where(active.any(-1), kinds[first], num_kinds)
+        kind = most_urgent(active, urgency, kinds, num_kinds)
         active &= kinds != kind[:, None]
         found.append(kind)
-    return jnp.stack(found, -1).astype(jnp.int32)
+    return jnp.stack(found, -1)
 
 
 def one_action(active: jax.Array, urgency: jax.Array, actions: jax.Array, num_actions: int) -> jax.Array:
@@ -103,9 +102,13 @@ def one_action(active: jax.Array, urgency: jax.Array, actions: jax.Array, num_ac
     Returns:
         (N,) int32; A for none
     """
-    active = active & (actions < num_actions)
+    return most_urgent(active & (actions < num_actions), urgency, actions, num_actions)
+
+
+def most_urgent(active: jax.Array, urgency: jax.Array, values: jax.Array, nothing: int) -> jax.Array:
+    """Picks the value (K,) of the most urgent piece of advice that is active (N, K): (N,) int32; nothing for none."""
     first = jnp.where(active, urgency, jnp.inf).argmin(-1)
-    return jnp.where(active.any(-1), actions[first], num_actions).astype(jnp.int32)
+    return jnp.where(active.any(-1), values[first], nothing).astype(jnp.int32)
 
 
 def possible_sub_goals(game: Game, facts: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ agent; the outcome trains the adapter.
        |
        +--- per row: visits, returns, sub-goals reached  -->  comprehension, trials  -->  fine-tuning of the adapter
 
-    python rladapter_ppo.py --seed 1                  # 1M steps of Crafter, offline guide, about 8 minutes
+    python rladapter_ppo.py --seed 1                  # 1M steps of Crafter, offline guide, 10 minutes on a CPU core
     python rladapter_ppo.py --guidance none           # plain PPO
     python rladapter_ppo.py --llm http --llm-base-url http://127.0.0.1:8000/v1 --llm-model NAME
     python rladapter_ppo.py --resume runs/...         # go on where a run was stopped
@@ -413,7 +413,7 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
 
 
 def learning_rate(args: Args, update: jax.Array) -> jax.Array:
-    """Returns the learning rate of an update: it falls linearly to zero."""
+    """Returns the learning rate of an update: it rises for a moment, and falls linearly to zero."""
     fraction = jnp.maximum(0.0, 1.0 - update / args.num_updates) if args.anneal_lr else 1.0
     warmed_up = (update + 1) / max(args.lr_warmup * args.num_updates, 1.0)
     return args.learning_rate * fraction * jnp.minimum(1.0, warmed_up)

@@ -97,8 +97,8 @@ class Game:
         matrix = np.zeros((len(self.sub_goals), len(self.facts)), np.float32)
         for name, needs in self.needs.items():
             for text in needs:
-                fact = self.fact_numbers[text.removeprefix("not ")]
-                matrix[self.sub_goal_numbers[name], fact] = -1 if text.startswith("not ") else 1
+                fact, truth = self.read_fact(text)
+                matrix[self.sub_goal_numbers[name], fact] = 1 if truth else -1
         return matrix
 
     def normalise(self, text: str) -> str:

@@ -1,8 +1,8 @@
 """Crafter (Hafner, arXiv 2109.06780), played as Craftax-Classic, its JAX version (arXiv 2402.16801).
 
-env.py         the vectorised env            goals.py     detectors of sub-goals reached and worked towards
-captions.py    facts and captions            rules.py     what sub-goals need; the offline guide `rules`
-vocabulary.py  names and their aliases       this file    all of it as a `Game`, and the env's maker
+    env.py         the vectorised env            goals.py     detectors of sub-goals reached and worked towards
+    captions.py    facts and captions            rules.py     what sub-goals need; the offline guide `rules`
+    vocabulary.py  names and their aliases       this file    all of it as a `Game`, and the env's maker
 """
 
 import math

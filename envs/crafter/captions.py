@@ -60,7 +60,6 @@ _OFFSETS = np.stack(np.meshgrid(np.arange(ROWS) - CENTRE[0], np.arange(COLS) - C
 _OFFSETS = _OFFSETS.reshape(-1, 2)  # (63, 2) of each cell from the player
 _DISTANCE = np.abs(_OFFSETS).sum(1)  # (63,) in steps
 _IN_REACH = np.abs(_OFFSETS).max(1) == 1  # (63,) the eight neighbours, where crafting works
-_BESIDE = _DISTANCE == 1  # (63,) the four neighbours
 _CLOSED_BLOCKS = (0, 1, 3, 4, 5, 8, 9, 10, 11, 12, 14, 15, 16)  # nothing walks in from there
 # What the caption says of light, sleep, shelter and plants, as facts.
 ABOUT = {
@@ -96,9 +95,10 @@ def facts(obs: jax.Array) -> jax.Array:
     any_mob = jax.lax.reduce_or(mobs, (mobs.ndim - 1,))
     views += [(any_mob >> _MOB_BITS[sight]) & 1 for sight in _MOB_SIGHTS]
     where = places(obs)
-    distance = jnp.where(where[..., 2] > 0, jnp.abs(where[..., :2]).sum(-1), 2 * FAR + 1)  # (..., W)
-    known = [distance[..., KINDS.index(kind)] <= 2 * FAR for kind in KNOWN]
-    known += [distance[..., KINDS.index(kind)] <= CLOSE for kind in ("crafting table", "furnace")]
+    is_known = where[..., 2] > 0  # (..., W)
+    is_close = is_known & (jnp.abs(where[..., :2]).sum(-1) <= CLOSE)
+    known = [is_known[..., KINDS.index(kind)] for kind in KNOWN]
+    known += [is_close[..., KINDS.index(kind)] for kind in ("crafting table", "furnace")]
     age = obs[..., PLANT_AGE]
     rest = [
         (mobs[..., _cells(_DISTANCE <= NEAR)] & 1).any(-1),
@@ -195,12 +195,12 @@ def to_text(obs: np.ndarray) -> str:
         if n > 0
     ]
     vitals = ", ".join(f"{name} {n}" for name, n in zip(VITALS, obs[VITALS_SLICE], strict=True))
-    shut_in = {ENCLOSED: " The player is enclosed.", ONE_STONE: " A stone ahead would enclose the player."}
-    enclosed = shut_in.get(int(obs[SHELTER]), "")
-    sleep = "asleep" if obs[ASLEEP] else "awake"
     hour = "evening" if EVENING[0] <= obs[HOUR] < EVENING[1] else "day"
-    plant = " A plant is ripening." if obs[PLANT_AGE] else ""
-    plant = " A plant should be ripe by now." if obs[PLANT_AGE] >= RIPE_AGE else plant
+    sleep = "asleep" if obs[ASLEEP] else "awake"
+    also = {ONE_STONE: ["one stone from shelter"], ENCLOSED: ["enclosed"]}.get(int(obs[SHELTER]), [])
+    if obs[PLANT_AGE]:
+        also.append("plant ripe by now" if obs[PLANT_AGE] >= RIPE_AGE else "plant ripening")
+    also = "".join(f" {ABOUT[fact]}" for fact in also)
     unlocked = [name.replace("_", " ") for name, done in zip(ACHIEVEMENTS, obs[UNLOCKED], strict=True) if done]
     return "\n".join([
         f"You see: {', '.join(views) or 'nothing special'}.",
@@ -208,7 +208,7 @@ def to_text(obs: np.ndarray) -> str:
         f"Facing: {_facing(obs)}.",
         f"Inventory: {', '.join(items) or 'nothing'}.",
         f"Vitals (of 9): {vitals}.",
-        f"It is {'dark' if obs[LIGHT] < DARK else hour}. The player is {sleep}.{enclosed}{plant}",
+        f"It is {'dark' if obs[LIGHT] < DARK else hour}. The player is {sleep}.{also}",
         f"Unlocked: {', '.join(unlocked) or 'nothing'}.",
     ])  # fmt: skip
 

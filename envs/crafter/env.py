@@ -112,8 +112,9 @@ class CraftaxEnv:
         stepped = dataclasses.replace(state, envs=envs)
         begun = jax.lax.cond(done.any(), _start_episodes, lambda s, _: s, stepped, done)
         view, moved = jax.vmap(observe_one)(begun.envs), envs.player_position - before.player_position
-        age = plant_age(state.obs, envs.timestep, reached)
-        obs = jnp.where(done[:, None], first_look(view), look_again(state.obs, view, moved, envs.timestep, age))
+        age = jnp.where(done, 0, plant_age(state.obs, envs.timestep, reached))
+        known = jnp.where(done[:, None], 0, state.obs)  # nothing is remembered of another life
+        obs = look_again(known, view, moved, begun.envs.timestep, age)
         info = {"reached": reached, "worked": worked, "achievements": envs.achievements}
         return dataclasses.replace(begun, obs=obs), reward, done, info
 
@@ -175,16 +176,15 @@ def _start_episodes(state: VectorState, done: jax.Array) -> VectorState:
 
 def first_look(view: jax.Array) -> jax.Array:
     """What a player knows when its life begins: view (N, 167) uint8 -> obs (N, 218) uint8."""
-    clock = jnp.zeros((*view.shape[:-1], 2), jnp.uint8)  # dawn, no plant
-    shelter = captions.shelter(view)[:, None]
-    return jnp.concatenate([view, captions.stored_places(captions.places_in_view(view)), clock, shelter], -1)
+    nothing, zeros = jnp.zeros((len(view), captions.OBS_SIZE), jnp.uint8), jnp.zeros(len(view), jnp.int32)
+    return look_again(nothing, view, jnp.zeros((len(view), 2), jnp.int32), zeros, zeros.astype(jnp.uint8))
 
 
 def look_again(obs: jax.Array, view: jax.Array, moved: jax.Array, time: jax.Array, age: jax.Array) -> jax.Array:
     """What a player knows after a step.
 
     Args:
-        obs: (N, 218) uint8 before it
+        obs: (N, 218) uint8 before it; zeros where nothing is known
         view: (N, 167) uint8 after it
         moved: (N, 2) int32, how far the step moved the player
         time: (N,) int32, steps since its life began

@@ -44,7 +44,7 @@ from advice import CONTEXTS, ContextVectors, Exposure, GuidanceTable, NoContext,
 from envs import make_env
 from envs.game import Game
 from envs.nearest import NUM_FEATURES, pointed
-from envs.scores import episode_metrics, score
+from envs.scores import Tally, episode_metrics
 from guidance import HostTable, TableArgs
 from llm_client import LlmArgs, NoGuide, make_guide
 from rladapter_adapter import NoAdapter, SftArgs, make_adapter, write_analyses
@@ -629,13 +629,24 @@ def train_phase(
 # --------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+def watch_nothing(env: devices.SharedEnv, transitions: Transition, next_obs: jax.Array) -> dict[str, jax.Array]:
+    """Returns what is to be counted of each step (T, N, ...) of an evaluation: nothing more than usual."""
+    return {}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def evaluate_steps(
-    args: Args, agent: Agent, runner: Runner, table: GuidanceTable, exposure: Exposure
-) -> tuple[Runner, jax.Array, dict[str, jax.Array]]:
-    """Plays T steps of all envs. Returns the runner, done (T, N), and of each step the episode so far (T, N, ...)."""
+    args: Args, agent: Agent, watch: Callable, runner: Runner, table: GuidanceTable, exposure: Exposure
+) -> tuple[Runner, jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
+    """Plays T steps of all envs.
+
+    Returns:
+        the runner; done (T, N); of each step (T, N, ...) the episode so far, and what is watched
+    """
     runner, transitions, episodes = rollout(args, agent, runner, table, exposure)
-    return runner, *agent.env.replicate((transitions.done, episodes))
+    next_obs = jnp.concatenate([transitions.obs[1:], agent.env.observe(runner.env_state)[None]])
+    watched = watch(agent.env, transitions, next_obs)
+    return runner, *agent.env.replicate((transitions.done, episodes, watched))
 
 
 def evaluate(
@@ -645,37 +656,26 @@ def evaluate(
     table: GuidanceTable,
     key: jax.Array,
     report: Callable[[int, int], None] = lambda done, total: None,
+    watch: Callable[..., dict[str, jax.Array]] = watch_nothing,
 ) -> dict[str, Any]:
     """Plays fresh episodes: sampled actions, a frozen table, every env the same number of whole episodes.
 
     Args:
         report: called with the episodes played and the total
+        watch: see `watch_nothing`
     Returns:
-        eval_episodes, episodic_return, episodic_length, score, reward_percent, achievements {name: rate}
+        what `Tally.result` does
     """
-    per_env, achievements = -(-args.eval_episodes // args.num_envs), agent.env.game.achievements
-    total, ended, sums = per_env * args.num_envs, np.zeros(args.num_envs, int), {}
+    tally = Tally(agent.env.game, args.num_envs, args.eval_episodes)
     runner, _ = init_runner(args, agent, params, agent.env.put(key))  # the scale of values does not matter here
     for chunk in itertools.count():
         if chunk % args.updates_per_phase == 0:  # as often as in training
             runner, exposure = draw_exposure(agent, runner, table)
-        runner, *played = evaluate_steps(args, agent, runner, table, exposure)
-        done, episodes = agent.env.to_host(played)
-        counted = done & (ended + done.cumsum(0) <= per_env)  # else envs with short episodes would count more
-        ended += counted.sum(0)
-        sums = {name: sums.get(name, 0) + x[counted].sum(0, dtype=np.float64) for name, x in episodes.items()}
-        report(int(ended.sum()), total)
-        if ended.min() == per_env:
-            break
-    rates, episodic_return = sums["achievements"] / total, float(sums["episodic_return"]) / total
-    return {
-        "eval_episodes": total,
-        "episodic_return": episodic_return,
-        "episodic_length": float(sums["episodic_length"]) / total,
-        "reward_percent": 100 * episodic_return / len(achievements),
-        "score": score(rates),
-        "achievements": dict(zip(achievements, rates.tolist(), strict=True)),
-    }
+        runner, *played = evaluate_steps(args, agent, watch, runner, table, exposure)
+        tally.add(*agent.env.to_host(played))
+        report(tally.played, tally.episodes)
+        if tally.full:
+            return tally.result()
 
 
 # --------------------------------------------------------------------------------------------------

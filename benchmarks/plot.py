@@ -18,7 +18,9 @@ import tyro
 from collect import Results, collect, column, load
 from run import CONTROLS, ROOT, VARIANTS, SuiteName
 from stats import bootstrap_band, bootstrap_interval, iqm, probability_of_improvement
-from tables import FULL, HUMAN, SPEED, between_markers, generated
+from tables import FULL, SPEED, between_markers, generated
+
+from utils.published import HUMAN
 
 try:
     import matplotlib

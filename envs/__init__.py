@@ -25,6 +25,16 @@ done are those of the step. `info` holds, per env,
     reached (N, num_basic) bool      basic sub-goals that were reached with this step
     worked (N, num_basic) bool       basic sub-goals that were worked towards, reached ones included: what a bonus pays
     achievements (N, A) bool         `game.achievements` as they stood at the end of the step, before the reset
+
+For people to look at (evaluate.py) an env may have, besides,
+
+    HABITS: dict, DEATHS: tuple                          habits of common sense with what each is; what ends a life
+    find_habits(obs, action, next_obs, done) -> occasions, sensible (..., H) bool     inside jit
+    cause_of_death(obs, action) -> (...) int32           of a life's last step, an index into DEATHS
+    scene(state) -> pytree (N, ...)                      what `draw` needs of a state, inside jit
+    draw(scene of one env) -> (H, W, 3) uint8            a picture, the view at its top
+    letters(obs (O,)) -> rows of (letter, colour)        the same for a terminal
+    status(obs (O,)) -> vitals of 9, bag                 two dicts of numbers
 """
 
 import importlib

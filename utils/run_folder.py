@@ -48,18 +48,18 @@ def create(folder: Path, config: dict[str, Any]) -> None:
         raise ValueError(f"--run-dir: can't write to {folder} ({error.strerror}); choose another folder") from None
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, flag: str = "--resume") -> dict[str, Any]:
     """Reads config.json of a run that can be resumed.
 
-    Raises ValueError if the folder is no run or has no checkpoint.
+    Raises ValueError, which begins with the flag, if the folder is no run or has no checkpoint.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
         config["flags"]["seed"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"--resume: {folder} is no run folder (no readable config.json in it)") from None
+        raise ValueError(f"{flag}: {folder} is no run folder (no readable config.json in it)") from None
     if not any((folder / "checkpoints").glob("[0-9]*")):
-        raise ValueError(f"--resume: {folder} has no checkpoint yet; start anew with another --run-dir")
+        raise ValueError(f"{flag}: {folder} has no checkpoint yet; start anew with another --run-dir")
     return config
 
 
@@ -235,8 +235,37 @@ class Checkpoints:
                 print(f"warning: checkpoint {phase} of {self.folder} can't be read ({reason})", file=sys.stderr)
         raise ValueError(f"--resume: no checkpoint of {self.folder} fits this code; start anew with another --run-dir")
 
+    def read(self, phase: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        """Reads what `read_checkpoint` returns."""
+        there = sorted(self.manager.all_steps(), reverse=True)
+        if phase is not None and phase not in there:
+            choice = " or ".join(map(str, there))
+            raise ValueError(f"--checkpoint: {self.folder} has none of phase {phase}; choose {choice}")
+        items = {"arrays": ocp.args.StandardRestore(), "extra": ocp.args.JsonRestore()}
+        for number in there if phase is None else [phase]:
+            try:
+                restored = self.manager.restore(number, args=ocp.args.Composite(**items))
+                return number, restored["arrays"], restored["extra"]
+            except Exception as error:
+                reason = clean_line(str(error))
+                print(f"warning: checkpoint {number} of {self.folder} can't be read ({reason})", file=sys.stderr)
+        raise ValueError(f"runs: no checkpoint of {self.folder} can be read")
+
     def close(self) -> None:
         self.manager.close()
+
+
+def read_checkpoint(folder: Path, phase: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Reads a checkpoint whatever code wrote it: that of a phase, or the newest readable one. Raises ValueError.
+
+    Returns:
+        phase; arrays as nested dicts of numpy arrays; the JSON beside them
+    """
+    checkpoints = Checkpoints(folder)
+    try:
+        return checkpoints.read(phase)
+    finally:
+        checkpoints.close()
 
 
 def clean_line(text: str) -> str:

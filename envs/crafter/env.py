@@ -6,7 +6,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from craftax.craftax_classic.envs.craftax_state import EnvParams, EnvState, Stat
 from craftax.craftax_classic.game_logic import craftax_step, is_game_over
 from craftax.craftax_classic.world_gen import generate_world
 
-from envs.crafter import CRAFTER, captions, goals
+from envs.crafter import CRAFTER, captions, draw, goals, habits
 from envs.crafter.vocabulary import BASIC_SUB_GOALS, KINDS, LASTING
 from envs.game import Game
 from envs.nearest import remember_places
@@ -69,6 +69,8 @@ class CraftaxEnv:
     view: tuple[int, int] = (ROWS, COLS)
 
     game: Game = CRAFTER
+    HABITS: ClassVar = habits.HABITS
+    DEATHS: ClassVar = habits.CAUSES
 
     def reset(self, key: jax.Array, num_envs: int) -> VectorState:
         key_envs, key_pool = jax.random.split(key)
@@ -146,6 +148,26 @@ class CraftaxEnv:
 
     def to_text(self, obs: Any) -> str:
         return captions.to_text(obs)
+
+    def find_habits(
+        self, obs: jax.Array, action: jax.Array, next_obs: jax.Array, done: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return habits.detect(obs, action, next_obs, done)
+
+    def cause_of_death(self, obs: jax.Array, action: jax.Array) -> jax.Array:
+        return habits.cause_of_death(obs, action)
+
+    def scene(self, state: VectorState) -> EnvState:
+        return draw.scene(state.envs)
+
+    def draw(self, scene: EnvState) -> np.ndarray:
+        return draw.draw(scene)
+
+    def letters(self, obs: np.ndarray) -> list[list[tuple[str, str]]]:
+        return draw.letters(obs)
+
+    def status(self, obs: np.ndarray) -> tuple[dict[str, int], dict[str, int]]:
+        return draw.status(obs)
 
     def _generate(self, keys: jax.Array) -> EnvState:
         """One fresh world per key, with the keys' leading axes."""

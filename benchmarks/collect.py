@@ -5,6 +5,8 @@
     curve                                              columns global_step, episodic_return, score, llm_calls (so far)
                                                        at up to 50 of the run's phases; older results have no score and
                                                        no llm_calls
+    habits                                             of runs that evaluate.py played: its eval.json without what the
+                                                       summary says, or null
 
 `python benchmarks/plot.py --collect` makes them.
 """
@@ -41,7 +43,22 @@ def _read_run(folder: Path) -> Result:
         **{name: config[name] for name in ("git_commit", "versions", "device", "num_cpus")},
         "summary": json.loads((folder / "summary.json").read_text()),
         "curve": curve([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]),
+        "habits": habits(folder / "eval.json"),
     }
+
+
+def habits(path: Path) -> dict[str, Any] | None:
+    """What evaluate.py saw a run's agent do: counts of habits, what ended its lives. None if it did not look."""
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    if "habits" not in found:
+        return None
+    counts = {name: [habit["occasions"], habit["sensible"]] for name, habit in found["habits"].items()}
+    kept = {name: found[name] for name in ("git_commit", "seed", "eval_episodes", "episodic_return", "score")}
+    flags = f"--episodes {found['eval_episodes']} --seed {found['seed']}"
+    command = f"python evaluate.py {path.parent.name} {flags}"
+    return {"command": command, **kept, "counts": counts, "deaths": found["deaths"]}
 
 
 def curve(metrics: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -104,7 +121,7 @@ def dumps(result: Result) -> str:
     """JSON with a line for each entry of the summary and each column of the curve."""
     entries = []
     for key, value in result.items():
-        if key in ("summary", "curve"):
+        if key in ("summary", "curve") or (key == "habits" and value):
             inner = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
             entries.append(f" {json.dumps(key)}: {{\n{inner}\n }}")
         else:

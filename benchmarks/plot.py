@@ -18,7 +18,7 @@ import tyro
 from collect import Results, collect, column, load
 from run import CONTROLS, ROOT, VARIANTS, SuiteName
 from stats import bootstrap_band, bootstrap_interval, iqm, probability_of_improvement
-from tables import FULL, SPEED, between_markers, generated
+from tables import FULL, SPEED, between_markers, generated, shares, watched
 
 from utils.published import HUMAN
 
@@ -187,6 +187,32 @@ def plot_achievements(results: Results, path: Path) -> bool:
     return True
 
 
+def plot_habits(results: Results, path: Path) -> bool:
+    """Habits of common sense as bars, of the variants whose runs were watched: share of the occasions handled well."""
+    shown = {name: watched(runs) for name, runs in results.items() if watched(runs)}
+    if not shown:
+        return False
+    names = list(next(iter(next(iter(shown.values())).values()))["habits"]["counts"])
+    figure, ax = plt.subplots(figsize=(WIDTH, 1.9 + 0.24 * len(names) * len(shown)), layout="constrained")
+    height = 0.84 / len(shown)
+    for number, (variant, runs) in enumerate(shown.items()):
+        found = [shares(runs, name) for name in names]
+        at = np.arange(len(names)) + (number - (len(shown) - 1) / 2) * height
+        means = [x.mean() if len(x) else 0 for x in found]
+        ax.barh(at, means, height, color=look(variant)["color"], label=look(variant)["label"])
+        for y, x in zip(at, found, strict=True):
+            if len(x) > 1:
+                low, high = bootstrap_band(x[:, None])
+                ax.hlines(y, low, high, color="black", linewidth=1.2)
+    label = "handled sensibly, % of the occasions"
+    ax.set(yticks=np.arange(len(names)), xlim=(0, 100), xlabel=label, ylim=(len(names) - 0.5, -0.5))
+    ax.set_yticklabels(names)
+    ax.grid(axis="y", visible=False)
+    figure.suptitle(subtitle({name: results[name] for name in shown}), fontsize=15)
+    finish(figure, ax.containers, path)
+    return True
+
+
 def plot_aggregate(results: Results, path: Path) -> bool:
     """IQM of return and score with intervals; probability that the full method improves on each other variant."""
     names = list(results)
@@ -258,6 +284,7 @@ FIGURES = {
     "results_ablations.png": plot_ablations,
     "results_calls.png": plot_calls,
     "results_achievements.png": plot_achievements,
+    "results_habits.png": plot_habits,
     "results_aggregate.png": plot_aggregate,
     "speed.png": plot_speed,
 }

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from collect import Results, column
+from collect import Result, Results, column
 from run import ROOT, VARIANTS
 from stats import bootstrap_interval, iqm, paired_difference, probability_of_improvement
 
@@ -79,6 +79,45 @@ def with_interval(scores: np.ndarray, digits: int) -> str:
         return f"{iqm(scores):.{digits}f}"
     low, high = bootstrap_interval(iqm, scores)
     return f"{iqm(scores):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def shares(runs: dict[int, Result], habit: str) -> np.ndarray:
+    """(R,) % of the occasions of a habit that were handled sensibly, of the runs that had any"""
+    counts = [result["habits"]["counts"][habit] for result in watched(runs).values()]
+    return np.array([100 * sensible / occasions for occasions, sensible in counts if occasions])
+
+
+def watched(runs: dict[int, Result]) -> dict[int, Result]:
+    """The runs whose habits were counted."""
+    return {seed: result for seed, result in runs.items() if result.get("habits")}
+
+
+def habits_table(results: Results) -> str:
+    """Shares of occasions handled sensibly, and what ended the lives, of the variants whose runs were watched."""
+    shown = {name: watched(runs) for name, runs in results.items() if watched(runs)}
+    if not shown:
+        return "not measured"
+    header = ["% of the occasions [95 %] (occasions a life)"]
+    header += [f"`{name}`, {len(runs)} runs" for name, runs in shown.items()]
+    first = next(iter(next(iter(shown.values())).values()))["habits"]
+    rows = [[habit, *(habit_cell(runs, habit) for runs in shown.values())] for habit in first["counts"]]
+    for cause in first["deaths"]:
+        ends = [np.array([100 * r["habits"]["deaths"][cause] for r in runs.values()]) for runs in shown.values()]
+        rows.append([f"*ended by {cause}, % of the lives*", *(f"{x.mean():.0f}{mean_interval(x)}" for x in ends)])
+    return markdown(header, rows)
+
+
+def habit_cell(runs: dict[int, Result], habit: str) -> str:
+    """Mean share over the runs with its interval, and how many occasions a life has."""
+    found = shares(runs, habit)
+    often = np.mean([r["habits"]["counts"][habit][0] / r["habits"]["eval_episodes"] for r in runs.values()])
+    return f"{found.mean():.0f}{mean_interval(found)} ({often:.1f})" if len(found) else "-"
+
+
+def mean_interval(values: np.ndarray) -> str:
+    """The 95 % t-interval of a mean, as text; of one number there is none."""
+    interval = paired_difference(values, np.zeros_like(values)).interval
+    return "" if interval is None else " [{:.0f}, {:.0f}]".format(*np.clip(interval, 0, 100))
 
 
 def published_table(results: Results) -> str:
@@ -152,6 +191,7 @@ def generated(results: Results) -> dict[tuple[Path, str], str]:
     return {
         (readme, "methods"): methods_table(),
         (readme, "results"): results_table(results),
+        (ROOT / "docs" / "common_sense.md", "habits"): habits_table(results),
         (docs, "aggregate"): aggregate_table(results),
         (docs, "published"): published_table(results),
         (adapter, "speed"): adapter_speed_table(),

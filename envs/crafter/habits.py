@@ -14,7 +14,7 @@ from envs.crafter import captions
 from envs.crafter.captions import CENTRE, COLS, ROWS
 from envs.crafter.vocabulary import ACHIEVEMENTS, CLOSE, FACTS, INVENTORY, NEAR, VITALS
 
-URGENT = 2  # drink or food down to this is urgent: some 50 steps until it runs out
+URGENT = 2  # drink or food down to this is urgent: it runs out in 42 or 52 steps
 HURT = 3  # health: the second blow of a zombie kills
 EARLY = 50  # hours, of two steps each
 MIDNIGHT = 105  # the hour at which it is darkest
@@ -79,7 +79,7 @@ def detect(obs: jax.Array, action: jax.Array, next_obs: jax.Array, done: jax.Arr
         _rest(truth, obs, next_obs)
         | _meals(obs, next_obs)
         | _buildings(truth, obs, action, next_obs)
-        | _gardening(truth, obs, action, next_obs)
+        | _gardening(truth, obs, next_obs)
     )
     happened = {name: (occasion & ~done, sensible) for name, (occasion, sensible) in happened.items()}
     found = happened | _choices(truth, obs, action) | _whole_life(truth, done)
@@ -166,7 +166,7 @@ def _meals(obs: jax.Array, next_obs: jax.Array) -> Findings:
 
 
 def _in_time(before: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Crossings of one level, not every sip: a player that comes to drink does so several times in a row."""
+    """Judged where one level is crossed, not at every sip: who comes to drink does so several times in a row."""
     runs_out = (before > 0) & (after == 0)
     relieved = (before > 0) & (before <= URGENT) & (after > URGENT)  # from 0 it is too late: it has run out before
     return runs_out | relieved, relieved
@@ -184,8 +184,8 @@ def _buildings(truth: dict[str, jax.Array], obs: jax.Array, action: jax.Array, n
     }
 
 
-def _gardening(truth: dict[str, jax.Array], obs: jax.Array, action: jax.Array, next_obs: jax.Array) -> Findings:
-    places = (action == Action.PLACE_PLANT.value) & (_amount(next_obs, "sapling") < _amount(obs, "sapling"))
+def _gardening(truth: dict[str, jax.Array], obs: jax.Array, next_obs: jax.Array) -> Findings:
+    places = _amount(next_obs, "sapling") < _amount(obs, "sapling")  # nothing else takes one
     collects = _amount(next_obs, "sapling") > _amount(obs, "sapling")
     planted_before = truth["unlocked place plant"]
     plants_first = ~planted_before & (next_obs[..., captions.UNLOCKED.start + ACHIEVEMENTS.index("place_plant")] > 0)

@@ -435,7 +435,7 @@ def evaluate_and_write(trained: Trained, given: EvalArgs, argv: list[str], conso
     """Evaluates a run and writes the file. Returns what is in it."""
     result = {
         "command": shlex.join(["python", "evaluate.py", *argv]),
-        "git_commit": run_folder.describe_machine()["git_commit"],
+        "git_commit": run_folder.git_commit(),
         "checkpoint": trained.phase,
         "global_step": trained.totals["global_step"],
         "env_id": given.env_id or trained.args.env_id,

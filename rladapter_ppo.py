@@ -58,7 +58,7 @@ Pytree = Any
 class Args:
     """Flags. Those of the table, the adapter and the guide are in the files that read them."""
 
-    exp_name: str = "rladapter_ppo"
+    exp_name: str = Path(__file__).stem
     """name of this experiment, part of the run folder's name"""
     seed: int = 1
     """seed of everything random: worlds, actions, weights, minibatches, the adapter's sampling"""
@@ -67,7 +67,8 @@ class Args:
     run_dir: Path | None = None
     """folder of the run; default runs/<env-id>__<exp-name>__<seed>__<time>"""
     resume: Path | None = None
-    """go on with the run in this folder: all other flags come from it, only --total-timesteps may be given anew"""
+    """go on with the run in this folder: all other flags come from it, only --total-timesteps may be given anew;
+    auto: with the run in --run-dir, or start it there"""
     save_every: int = 5
     """phases between two checkpoints; the last phase and Ctrl-C save too"""
     eval_episodes: int = 256

@@ -15,9 +15,13 @@ def cache_folder() -> Path:
 
 
 def use_compilation_cache() -> None:
-    """Keeps programs that take more than a second to compile in `cache_folder`."""
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    """Keeps programs that take more than a second to compile in `cache_folder`, unless jax was told otherwise."""
+    for name, value in (
+        ("jax_compilation_cache_dir", str(cache_folder() / "jax")),
+        ("jax_persistent_cache_min_compile_time_secs", 1.0),
+    ):
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
 
 
 class CompileClock:

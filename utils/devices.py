@@ -57,6 +57,17 @@ def initialize() -> None:
         ) from None
 
 
+def check() -> None:
+    """Raises ValueError, one line, where jax has no device, or numbers of a width that nothing here is made for."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200] or "no reason given"
+        raise ValueError(f"jax finds no device ({reason}); unset JAX_PLATFORMS, or install jax for it") from None
+    if jax.config.jax_enable_x64:
+        raise ValueError("JAX_ENABLE_X64 is set, and all numbers here have 32 bits; unset it")
+
+
 def is_leader() -> bool:
     return jax.process_index() == 0
 

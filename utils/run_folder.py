@@ -8,15 +8,19 @@ checkpoint. Errors are ValueError with one line that says what to do; once train
 it: a log or checkpoint that can't be written is reported once and training goes on.
 """
 
+import fcntl
+import itertools
 import json
+import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -31,8 +35,14 @@ def default_folder(env_id: str, exp_name: str, seed: int) -> Path:
 
 
 def check_free(folder: Path) -> None:
-    """Raises ValueError if the folder holds anything already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Raises ValueError if the folder holds anything already, or can't be one."""
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise ValueError(
+            f"--run-dir, --exp-name: {str(folder)[:80]}... can't be a folder ({error.strerror}); choose another name"
+        ) from None
+    if taken:
         raise ValueError(
             f"--run-dir: {folder} exists and is not empty; choose another, or continue it with --resume {folder}"
         )
@@ -48,6 +58,30 @@ def create(folder: Path, config: dict[str, Any]) -> None:
         raise ValueError(f"--run-dir: can't write to {folder} ({error.strerror}); choose another folder") from None
 
 
+def reserve(folder: Path) -> Path:
+    """Makes a new folder of this name, or of this name and a number where another process was faster."""
+    for number in itertools.count(1):
+        name = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            name.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ValueError(f"--run-dir: can't write to {name} ({error.strerror}); choose another folder") from None
+        return name
+
+
+def lock(folder: Path) -> TextIO:
+    """Claims a run folder for this process, until the file is closed. Raises ValueError if another one has it."""
+    file = (folder / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ValueError(f"--run-dir, --resume: another process trains in {folder}; wait for it, or stop it") from None
+    return file
+
+
 def read_config(folder: Path, flag: str = "--resume") -> dict[str, Any]:
     """Reads config.json of a run that can be resumed.
 
@@ -58,9 +92,23 @@ def read_config(folder: Path, flag: str = "--resume") -> dict[str, Any]:
         config["flags"]["seed"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{flag}: {folder} is no run folder (no readable config.json in it)") from None
-    if not any((folder / "checkpoints").glob("[0-9]*")):
+    if not has_checkpoint(folder):
         raise ValueError(f"{flag}: {folder} has no checkpoint yet; start anew with another --run-dir")
     return config
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Says whether a whole checkpoint is there; one that is being written has a longer name."""
+    return any(path.name.isdigit() for path in (folder / "checkpoints").glob("[0-9]*"))
+
+
+def clear(folder: Path) -> None:
+    """Takes away what a run left that was stopped before its first checkpoint, so that it can begin anew there."""
+    if not (folder / "config.json").exists():
+        return
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for path in (*(folder / name for name in (*LOGS, "config.json", "lock")), *folder.glob("events.out.*")):
+        path.unlink(missing_ok=True)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -71,24 +119,39 @@ def describe_machine() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    here = Path(__file__).parents[1]
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True
-    )
     device = jax.devices()[0]
     return {
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": git_commit(),
         "versions": versions,
         "device": f"{device.platform}: {device.device_kind}",
         "num_cpus": os.cpu_count(),
     }
 
 
+def git_commit() -> str | None:
+    """Returns the commit of this code, "-dirty" behind it with changes; None without git or a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        git = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    except OSError:
+        return None
+    return git.stdout.strip() or None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes via a temporary file, so that a kill leaves the old content or the new one, never half of it."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
     temporary.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """Puts None in place of NaN and infinite numbers, for which JSON has no words."""
+    if isinstance(value, dict):
+        return {name: finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -105,11 +168,16 @@ class Log:
     def __init__(self, folder: Path, track: bool, config: dict[str, Any], first_step: int = 0):
         self.folder = folder
         self.tensorboard = _import_tensorboard().SummaryWriter(str(folder), flush_secs=20, purge_step=first_step + 1)
-        self.failed = False
+        self.failed = self.odd = False  # was a failure reported, a number that is none?
         self.wandb = _start_wandb(folder, config) if track else None
 
     def metrics(self, record: dict[str, Any]) -> None:
         """Writes one object a phase; numbers go to TensorBoard and W&B under their tags."""
+        odd = [tag for tag, value in record.items() if value is not None and finite(value) is None]
+        if odd and not self.odd:
+            self.odd = True
+            print(f"warning: {', '.join(odd)} became NaN or infinite in phase {record['phase']}", file=sys.stderr)
+        record = finite(record)
         self.append("metrics.jsonl", [record])
         step = record["global_step"]
         tagged = {tag: value for tag, value in record.items() if "/" in tag and value is not None}
@@ -118,7 +186,7 @@ class Log:
             self._guarded(lambda: self.wandb.log(tagged, step=step))
 
     def append(self, name: str, records: list[dict[str, Any]]) -> None:
-        lines = "".join(json.dumps(record) + "\n" for record in records)
+        lines = "".join(json.dumps(finite(record), allow_nan=False) + "\n" for record in records)
         self._guarded(lambda: _append(self.folder / name, lines))
 
     def close(self) -> None:
@@ -223,6 +291,8 @@ class Checkpoints:
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays)
         items = {"arrays": ocp.args.StandardRestore(abstract), "extra": ocp.args.JsonRestore()}
+        if not self.manager.all_steps():
+            raise ValueError(f"--resume: {self.folder} has no whole checkpoint; start anew with another --run-dir")
         for phase in sorted(self.manager.all_steps(), reverse=True):
             try:
                 if (self.folder / "checkpoints" / str(phase) / "situations").exists():
@@ -275,7 +345,8 @@ def clean_line(text: str) -> str:
 def read_log(folder: Path, name: str) -> list[dict[str, Any]]:
     """Returns the whole lines of a log: one may be cut off."""
     records = []
-    for line in (folder / name).read_text().splitlines() if (folder / name).exists() else ():
+    # At \n alone: splitlines would also split at characters that JSON leaves in strings.
+    for line in (folder / name).read_text().split("\n") if (folder / name).exists() else ():
         try:
             record = json.loads(line)
             record["phase"]

@@ -3,13 +3,15 @@
 import contextlib
 import dataclasses
 import json
+import os
+import shlex
 import signal
 import sys
 import time
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -22,7 +24,8 @@ from utils.cli import EXIT_BAD_INPUT, first_line
 from utils.compilation import CompileClock, use_compilation_cache
 from utils.run_folder import Checkpoints, Log, NoLog, to_numpy
 
-EXIT_STOPPED = 130
+EXIT_STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal, as shells have it
+AUTO = Path("auto")  # --resume auto
 Situations = dict[str, np.ndarray]  # obs (M, O) uint8, facts (M, P) bool
 # Metrics that a run adds up over all its sessions: llm/calls is llm_calls in its totals and in summary.json
 TOTALS = ("calls", "cache_hits", "failures", "skipped", "prompt_tokens", "completion_tokens", "cost")
@@ -38,18 +41,20 @@ def launch(main: Callable[[Any, "Run"], Any], args_type: type, check: Callable[[
     """Runs main(args, run) from the command line.
 
     Returns:
-        0; 2 after one line on stderr for input that can't work (a ValueError before training); 130 after Ctrl-C
+        0; 2 after one line on stderr for input that can't work (a ValueError before training); 130 after Ctrl-C, 143
+        after SIGTERM
     """
-    args = tyro.cli(args_type, args=argv)
+    args = at_home(tyro.cli(args_type, args=argv))
     with devices.all_or_none():
         run = None
         try:
             if args.resume:
-                args = resumed_args(args_type, args.resume, argv)
+                args = resumed_args(args_type, args, argv)
             check(args)
             use_compilation_cache()
             if args.distributed:
                 devices.initialize()
+            devices.check()
             with Run(args) as run:
                 summary = main(args, run)
         except ValueError as error:
@@ -58,20 +63,31 @@ def launch(main: Callable[[Any, "Run"], Any], args_type: type, check: Callable[[
             print(f"error: {first_line(error)}", file=sys.stderr)
             return devices.leave(EXIT_BAD_INPUT)
         except KeyboardInterrupt:
-            print("stopped at once; what was saved before can be resumed", file=sys.stderr)
-            return devices.leave(EXIT_STOPPED)
+            saved = run is not None and run_folder.has_checkpoint(run.folder)
+            what = f"what was saved before can be resumed: {again(run.folder)}" if saved else "nothing was saved yet"
+            print(f"stopped at once; {what}", file=sys.stderr)
+            return devices.leave(EXIT_STOPPED[signal.SIGINT if run is None else run.stop.signal])
         return report(run, summary)
 
 
 def report(run: "Run", summary: dict[str, Any] | None) -> int:
     """Prints how a run ended. Returns the exit code."""
-    if run.stopped and devices.is_leader():
-        print(f"stopped; continue with: python {Path(sys.argv[0]).name} --resume {run.folder}")
+    if run.stopped:
+        run.console.print(f"stopped; continue with: {again(run.folder)}", markup=False, highlight=False, soft_wrap=True)
     if summary is not None and devices.is_leader():
         shown = {name: value for name, value in summary.items() if name != "achievements"}
-        print(json.dumps({name: round(v, 2) if isinstance(v, float) else v for name, v in shown.items()}, indent=2))
-        print(f"results: {run.folder}/summary.json   curves: tensorboard --logdir {run.folder}")
-    return EXIT_STOPPED if run.stopped else 0
+        shown = {name: round(v, 2) if isinstance(v, float) else v for name, v in shown.items()}
+        run.console.print(json.dumps(shown, indent=2), markup=False, highlight=False, soft_wrap=True)
+        folder = shlex.quote(str(run.folder))
+        where = f"results: {folder}/summary.json   curves: tensorboard --logdir {folder}"
+        run.console.print(where, markup=False, highlight=False, soft_wrap=True)
+    return EXIT_STOPPED[run.stop.signal] if run.stopped else 0
+
+
+def again(folder: Path) -> str:
+    """Returns the command that goes on with a run."""
+    script = sys.argv[0] if sys.argv[0].endswith(".py") else "rladapter_ppo.py"
+    return f"python {shlex.quote(Path(script).name)} --resume {shlex.quote(str(folder))}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -103,8 +119,35 @@ def args_from_flags(args_type: type, values: dict[str, Any]) -> Any:
     return args_type(**made)
 
 
-def resumed_args(args_type: type, folder: Path, argv: list[str]) -> Any:
-    """Reads a run's own flags; of those given now only --total-timesteps may differ. Raises ValueError otherwise."""
+def at_home(args: Any) -> Any:
+    """Puts the home folder for a leading ~ in every flag that may be a path: a shell leaves --flag=~/x as it is."""
+    changed = {}
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = at_home(value)
+        elif isinstance(value, str | Path) and str(value).startswith("~"):
+            changed[field.name] = type(value)(os.path.expanduser(value))
+    return dataclasses.replace(args, **changed)
+
+
+def resumed_args(args_type: type, args: Any, argv: list[str]) -> Any:
+    """Reads a run's own flags; of those given now only --total-timesteps may differ. Raises ValueError otherwise.
+
+    --resume auto goes on with the run in --run-dir; before its first checkpoint it begins anew there.
+    """
+    folder = args.resume
+    if folder == AUTO:
+        if args.run_dir is None:
+            raise ValueError("--resume auto: goes on with the run in --run-dir, or starts it there; give a --run-dir")
+        folder = args.run_dir
+        if not run_folder.has_checkpoint(folder):
+            run_folder.clear(folder)
+            return dataclasses.replace(args, resume=None)
+    elif args.run_dir is not None and args.run_dir.resolve() != folder.resolve():
+        raise ValueError(
+            f"--run-dir: a resumed run goes on in its own folder; leave it out, or copy {folder} and resume the copy"
+        )
     saved = run_folder.read_config(folder)["flags"]
     odd = sorted(set(saved) ^ set(flags(args_type())))
     if odd:
@@ -112,7 +155,7 @@ def resumed_args(args_type: type, folder: Path, argv: list[str]) -> Any:
             f"--resume: {folder} was made by another version of this script (flags that differ: {', '.join(odd)})"
         )
     base = args_from_flags(args_type, dict(saved))
-    given = tyro.cli(args_type, args=argv, default=base)
+    given = at_home(tyro.cli(args_type, args=argv, default=base))
     now = flags(given)
     free = ("resume", "total_timesteps", "run_dir")
     changed = [name for name, value in flags(base).items() if name not in free and now[name] != value]
@@ -141,18 +184,19 @@ class Run:
         self.folder = args.resume or args.run_dir or run_folder.default_folder(args.env_id, args.exp_name, args.seed)
         if args.track and not args.dry_run:
             run_folder.import_wandb()
-        if self.leads and not (args.resume or args.dry_run):
+        if self.leads and args.run_dir and not (args.resume or args.dry_run):
             run_folder.check_free(self.folder)
         self.phase = 0
         self.totals: dict[str, Any] = {"global_step": 0, "wall_seconds": 0.0, "compile_seconds": 0.0}
         self.totals |= {"llm_questions": 0} | {f"llm_{name}": 0 for name in TOTALS}
         self.totals |= {"episodes": 0.0, "achievements": 0.0, "score_all_episodes": None}
         self.stop, self.stopped = StopRequest(), False
-        self.console = Console(quiet=not self.leads)
+        self.console = Console(quiet=not self.leads, file=Unbreakable(sys.stdout))
         self.log: Log | NoLog | None = None  # until training starts
         self.checkpoints: Checkpoints | None = None
         self.guide: Any = None
         self.progress: Progress | None = None
+        self.lock: TextIO | None = None
         self.compile_clock, self.made_at = CompileClock(), time.perf_counter()
         self.times: dict[str, float] = {}
 
@@ -167,7 +211,7 @@ class Run:
             self.progress.stop()
         if kind is KeyboardInterrupt:  # stop at once: a guide may still be asked, a server may not answer
             return
-        for part in (self.guide, self.log, self.checkpoints):
+        for part in (self.guide, self.log, self.checkpoints, self.lock):
             if part is not None:
                 part.close()
 
@@ -179,12 +223,21 @@ class Run:
         Returns:
             runner and situations to go on with; table, adapter and guide take what was saved
         """
-        if not self.args.resume and self.leads:
-            config = {"flags": flags(self.args), "argv": sys.argv[1:]}
-            run_folder.create(self.folder, config | run_folder.describe_machine())
+        if self.leads and not self.args.resume:
+            config = {"flags": flags(self.args), "argv": sys.argv[1:]} | run_folder.describe_machine()
+            if self.args.run_dir is None:
+                self.folder = run_folder.reserve(self.folder)
+            run_folder.create(self.folder, config)
+        if self.leads:
+            self.lock = run_folder.lock(self.folder)
         self.guide, self.checkpoints = guide, Checkpoints(self.folder) if self.leads else None
         if self.args.resume:
             runner, situations = self._restore(env, runner, situations, table, adapter, guide)
+            if self.finished and (self.folder / "summary.json").exists():
+                raise ValueError(
+                    f"--resume: {self.folder} has made its {self.args.total_steps:,} steps, there is nothing to train; "
+                    "give more --total-timesteps, or look at it with evaluate.py"
+                )
         first_step = self.totals["global_step"]
         self.log = Log(self.folder, self.args.track, flags(self.args), first_step) if self.leads else NoLog()
         self.setup_seconds = time.perf_counter() - self.made_at
@@ -315,7 +368,9 @@ class Run:
         return runner, situations
 
     def show_evaluation(self, episodes: int, total: int) -> None:
-        """Shows how far the final evaluation is."""
+        """Shows how far the final evaluation is. Raises KeyboardInterrupt if it is to stop: training is saved."""
+        if self.stop.asked:
+            raise KeyboardInterrupt
         self.progress.update(self.task, description="evaluating", status=f"{episodes} of {total} episodes")
 
     def finish(self, result: dict[str, Any], in_force: dict[str, Any]) -> dict[str, Any]:
@@ -335,28 +390,58 @@ class Run:
 
 
 class StopRequest:
-    """Ctrl-C once: finish the phase, save, stop. Twice: stop at once."""
+    """Ctrl-C or SIGTERM once: finish the phase, save, stop. Ctrl-C again: stop at once."""
 
     def __init__(self) -> None:
-        self.asked, self.before, self.console = False, None, None
+        self.asked, self.signal, self.before, self.console = False, signal.SIGINT, {}, None
 
     def listen(self, console: Any) -> None:
-        """Takes Ctrl-C over. In a thread that is not the main one Ctrl-C is not ours to take."""
+        """Takes the signals over. In a thread that is not the main one they are not ours to take."""
         self.console = console
         with contextlib.suppress(ValueError):
-            self.before = signal.signal(signal.SIGINT, self)
+            for number in EXIT_STOPPED:
+                self.before[number] = signal.signal(number, self)
 
-    def __call__(self, *_: Any) -> None:
-        if self.asked:
+    def __call__(self, number: int, *_: Any) -> None:
+        if self.asked and number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
-        self.asked = True
-        self.console.print("Stopping after this phase, then saving. Ctrl-C again stops at once.")
+        if not self.asked:
+            self.asked, self.signal = True, number
+            self.console.print("Stopping after this phase, then saving. Ctrl-C again stops at once.")
 
     def close(self) -> None:
-        """Gives Ctrl-C back to whoever had it."""
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        """Gives the signals back to whoever had them."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+
+class Unbreakable:
+    """A stream for progress: where it was closed or is full (| head, a full disk) nothing more is said, and no more."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.broken = stream, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._guarded(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._guarded(self.stream.flush)
+
+    def _guarded(self, use: Callable[[], Any]) -> None:
+        if self.broken:
+            return
+        try:
+            use()
+        except (OSError, ValueError):  # ValueError: it is closed
+            self.broken = True
+            with contextlib.suppress(OSError, ValueError):  # what is buffered would fail again when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def saved_arrays(env: devices.SharedEnv, runner: Any, table: Any, adapter: Any) -> tuple[dict[str, Any], Any]:

@@ -1,0 +1,250 @@
+"""What a machine, a scheduler or a hurried user does to a run. In process, on the toy game."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from test_runs import ROOT, TOY
+
+import rladapter_ppo as rl
+from utils import compilation, devices, run_folder, runs
+
+
+@pytest.fixture(autouse=True)
+def small_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLADAPTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(runs, "use_compilation_cache", lambda: None)  # the tests have one of their own
+
+
+def train(*words, steps=800):
+    return rl.cli([*TOY, "--total-timesteps", str(steps), *map(str, words)])
+
+
+def refused(capsys, *words, steps=800):
+    """The line that a command says before it ends with exit code 2."""
+    assert train(*words, steps=steps) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def at_phase(monkeypatch, number, act):
+    """Lets something happen while a phase is trained."""
+    real, count = rl.train_phase, iter(range(1000))
+
+    def phase(*args):
+        if next(count) == number:
+            act()
+        return real(*args)
+
+    monkeypatch.setattr(rl, "train_phase", phase)
+
+
+def contents(folder, *names):
+    """Logs without times."""
+
+    def timeless(line):
+        return {name: x for name, x in line.items() if not any(word in name for word in ("time", "SPS", "seconds"))}
+
+    return [[timeless(json.loads(line)) for line in (folder / name).open()] for name in names]
+
+
+# --------------------------------------------------------------------------------------------------
+# Stopped, and gone on with
+# --------------------------------------------------------------------------------------------------
+
+
+def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rladapter_ppo.py"])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    assert train("--run-dir", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        at_phase(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train("--run-dir", tmp_path / "run", "--save-every", 10**6) == 143
+    assert {number: signal.getsignal(number) for number in before} == before
+    said = capsys.readouterr().out
+    assert f"rladapter_ppo.py --resume {tmp_path / 'run'}" in said
+    assert rl.cli(["--resume", str(tmp_path / "run")]) == 0
+    logs = "metrics.jsonl", "guidance.jsonl", "outcomes.jsonl"
+    assert contents(tmp_path / "run", *logs) == contents(tmp_path / "whole", *logs)
+
+
+def test_resume_auto_starts_goes_on_and_starts_again_what_was_killed_early(tmp_path, monkeypatch):
+    flags = "--resume", "auto", "--run-dir", tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_phase(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(*flags) == 143
+    assert train(*flags) == 0  # goes on
+    assert json.loads((tmp_path / "run/summary.json").read_text())["global_step"] == 896
+    early = tmp_path / "early"
+    shutil.copytree(tmp_path / "run", early)
+    shutil.rmtree(early / "checkpoints")
+    (early / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)  # killed in its first save
+    (early / "summary.json").unlink()
+    assert train("--resume", "auto", "--run-dir", early) == 0
+    logs = "metrics.jsonl", "guidance.jsonl"
+    assert contents(early, *logs) == contents(tmp_path / "run", *logs)
+
+
+def test_a_resumed_run_stays_in_its_folder(tmp_path, capsys):
+    assert train("--run-dir", tmp_path / "a") == 0
+    assert "goes on in its own folder" in refused(capsys, "--resume", tmp_path / "a", "--run-dir", tmp_path / "b")
+    assert "give a --run-dir" in refused(capsys, "--resume", "auto")
+    assert "nothing to train" in refused(capsys, "--resume", tmp_path / "a")
+    summary = (tmp_path / "a/summary.json").read_bytes()
+    assert (tmp_path / "a/summary.json").read_bytes() == summary and not (tmp_path / "b").exists()
+
+
+def test_an_evaluation_that_was_stopped_is_made_up_for(tmp_path, monkeypatch, capsys):
+    real = rl.Tally.add
+
+    def stop(self, *steps):
+        os.kill(os.getpid(), signal.SIGINT)
+        real(self, *steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rl.Tally, "add", stop)
+        assert train("--run-dir", tmp_path / "run", "--eval-episodes", 8) == 130
+    assert "can be resumed" in capsys.readouterr().err and not (tmp_path / "run/summary.json").exists()
+    assert rl.cli(["--resume", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run/summary.json").exists()
+
+
+def test_ctrl_c_before_training_says_that_nothing_was_saved(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rl, "make_adapter", stop)
+    assert train("--run-dir", tmp_path / "run") == 130
+    assert "nothing was saved yet" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_what_was_killed_in_its_first_save_has_no_checkpoint_yet(tmp_path, capsys):
+    assert train("--run-dir", tmp_path / "run") == 0
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    (tmp_path / "run/checkpoints/0.orbax-checkpoint-tmp-12").mkdir(parents=True)
+    assert "no checkpoint yet" in refused(capsys, "--resume", tmp_path / "run")
+
+
+def test_a_second_process_is_kept_out(tmp_path, capsys):
+    assert train("--run-dir", tmp_path / "run") == 0
+    (tmp_path / "run/summary.json").unlink()
+    with run_folder.lock(tmp_path / "run"):
+        before = (tmp_path / "run/metrics.jsonl").read_bytes()
+        said = refused(capsys, "--resume", tmp_path / "run", "--total-timesteps", "2000", steps=2000)
+        assert "another process" in said and (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    assert rl.cli(["--resume", str(tmp_path / "run"), "--total-timesteps", "1200"]) == 0  # the lock is given back
+
+
+# --------------------------------------------------------------------------------------------------
+# Names and places
+# --------------------------------------------------------------------------------------------------
+
+
+def test_default_names_do_not_collide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda *_: "now")
+    assert train() == train() == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == [
+        "Toy-v0__rladapter_ppo__1__now", "Toy-v0__rladapter_ppo__1__now-2"
+    ]  # fmt: skip
+
+
+def test_home_is_found_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert train("--run-dir=~/run") == 0
+    assert (tmp_path / "run/summary.json").exists() and not Path("~").exists()
+    args = runs.at_home(rl.tyro.cli(rl.Args, args=["--llm-replay=~/r", "--adapter=~/a", "--embed=~/e", "--resume=~/x"]))
+    found = args.llm.llm_replay, args.sft.adapter, args.table.embed, args.resume
+    assert found == (tmp_path / "r", f"{tmp_path}/a", f"{tmp_path}/e", tmp_path / "x")
+
+
+@pytest.mark.parametrize("flag", ["--exp-name", "--run-dir"])
+def test_a_name_that_no_folder_can_have(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "choose another" in refused(capsys, flag, "x" * 300)
+    assert not any(tmp_path.rglob("*.json"))
+
+
+def test_a_fork_names_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["my variant.py"])
+    assert runs.again(tmp_path / "a b") == f"python 'my variant.py' --resume '{tmp_path}/a b'"
+
+
+# --------------------------------------------------------------------------------------------------
+# The machine
+# --------------------------------------------------------------------------------------------------
+
+
+def test_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_folder.git_commit() is None
+
+
+def test_in_a_thread(tmp_path):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(train("--run-dir", tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert codes == [0] and (tmp_path / "run/summary.json").exists()
+
+
+def test_without_a_device(tmp_path, monkeypatch, capsys):
+    def none():
+        raise RuntimeError("Unable to initialize backend 'cuda': no device\nsecond line")
+
+    monkeypatch.setattr(jax, "devices", none)
+    assert "JAX_PLATFORMS" in refused(capsys, "--run-dir", tmp_path / "run") and not (tmp_path / "run").exists()
+
+
+def test_numbers_of_64_bits_are_refused(tmp_path, monkeypatch, capsys):
+    before = jax.config.jax_enable_x64
+    try:
+        jax.config.update("jax_enable_x64", True)
+        with pytest.raises(ValueError, match="JAX_ENABLE_X64"):
+            devices.check()
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+def test_settings_of_jax_in_the_environment_hold(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: asked.append(name))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
+    compilation.use_compilation_cache()
+    assert asked == ["jax_persistent_cache_min_compile_time_secs"]
+
+
+def test_numbers_that_are_none_become_null_and_are_reported_once(tmp_path, monkeypatch, capsys):
+    real = rl.phase_metrics
+    monkeypatch.setattr(rl, "phase_metrics", lambda *args: real(*args) | {"losses/policy_loss": float("nan")})
+    assert train("--run-dir", tmp_path / "run") == 0
+    text = (tmp_path / "run/metrics.jsonl").read_text()
+    assert "NaN" not in text and '"losses/policy_loss": null' in text
+    assert capsys.readouterr().err.count("losses/policy_loss became NaN") == 1
+
+
+def test_lines_are_cut_at_line_feeds_alone(tmp_path):
+    line = '{"phase": 0, "reply": "a\u2028b\u0085c"}\n'
+    (tmp_path / "guidance.jsonl").write_text(line + '{"phase": 1}\n{"pha')
+    assert [record["phase"] for record in run_folder.read_log(tmp_path, "guidance.jsonl")] == [0, 1]
+
+
+def test_where_nobody_listens_training_goes_on(tmp_path):
+    """Real processes: what is buffered would fail again when Python ends. Standard output is full; or closed."""
+    code = "import sys, rladapter_ppo as rl; sys.exit(rl.cli(sys.argv[1:]))"
+    for name, end in (("full", "> /dev/full"), ("closed", "| head -1 > /dev/null; exit ${PIPESTATUS[0]}")):
+        folder = tmp_path / name
+        command = f'"{sys.executable}" -c "{code}" {" ".join(TOY)} --total-timesteps 800 --run-dir {folder} {end}'
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and (folder / "summary.json").exists(), done.stderr
+        assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr

@@ -175,8 +175,8 @@ class NoContext:
     ) -> dict[str, jax.Array]:
         """Looks up what each env is advised.
 
-        --pointer fixed, a control, points at the things of all sub-goals, and hints at the actions of all that are
-        possible, the last ones of the list first.
+        --pointer fixed, a control, advises nothing, and points at the things of all sub-goals that are possible, and
+        hints at their actions, the last ones of the list first.
 
         Args:
             facts: (N, P) bool
@@ -191,9 +191,9 @@ class NoContext:
         if args.pointer == "fixed":
             kinds = jnp.asarray(game.kind_numbers[: game.num_basic], jnp.int32)
             order = -jnp.arange(game.num_basic, dtype=jnp.float32)
-            pointed = two_kinds(known, jnp.ones((num_envs, len(kinds)), bool), order, kinds)
-            actions = jnp.asarray(game.action_numbers[: game.num_basic], jnp.int32)
             possible = possible_sub_goals(game, facts)[:, : game.num_basic]
+            pointed = two_kinds(known, possible, order, kinds)
+            actions = jnp.asarray(game.action_numbers[: game.num_basic], jnp.int32)
             hinted = one_action(possible, order, actions, len(game.actions))
         advised = jnp.zeros((num_envs, len(game.sub_goals)), bool)
         return {"advised": advised, "pointed": pointed, "hinted": hinted}

@@ -134,8 +134,8 @@ class Args:
     """share of the bonus that each repetition of a sub-goal in an episode pays of the one before"""
     pointer: Literal["advice", "fixed", "none"] = "advice"
     """what advice shows beside its embedding. advice: the places of the things that the two most urgent pieces are
-    about, and the action that one is; fixed: a control, the same of all sub-goals in a fixed order; none: as in the
-    paper"""
+    about, and the action that one is; fixed: a control, the same of all sub-goals that are possible, in a fixed order;
+    none: as in the paper"""
     approach_bonus: float = 0.05
     """reward for each step closer to the first thing that advice points at, and the price of each step away from it"""
     table: tyro.conf.OmitArgPrefixes[TableArgs] = TableArgs()

@@ -53,7 +53,7 @@ VARIANTS = {
     ),
     "facts-pointer": Variant(
         "PPO + facts + pointer",
-        "control: those facts, and a pointer to the things of all sub-goals in a fixed order",
+        "control: those facts, and a pointer to the things of all sub-goals that are possible, in a fixed order",
         "--guidance facts --pointer fixed",
     ),
     "context-only": Variant(

@@ -567,13 +567,13 @@ def test_advice_that_is_one_action_hints_at_it_where_the_game_allows_it():
 
 def test_the_controls_of_the_pointer_do_without_advice():
     assert told("none", known=CRAFTER.kinds) == (5, [None, None], None)
-    last_first = [CRAFTER.things[goal] for goal in reversed(CRAFTER.basic_sub_goals) if goal in CRAFTER.things]
-    things = list(dict.fromkeys(last_first))
-    assert told("fixed", known=CRAFTER.kinds)[:2] == (5, things[:2]) and things.index("iron") < things.index("water")
+    seen = ("tree in view", "water in view", "iron in view")
+    pickaxe = (*seen, "unlocked make stone pickaxe")
+    assert told("fixed", known=CRAFTER.kinds, needs=seen)[:2] == (5, ["water", "tree"])  # iron takes the pickaxe
     for context in ("facts", "none"):
-        assert told("fixed", context, CRAFTER.kinds)[:2] == (0, things[:2])
-        assert told("fixed", context, ("tree", "water", "iron"))[1] == ["iron", "water"]
-        assert told("fixed", context, ("tree",))[1] == ["tree", None]
+        assert told("fixed", context, CRAFTER.kinds, pickaxe)[:2] == (0, ["iron", "water"])
+        assert told("fixed", context, ("tree", "iron"), pickaxe)[1] == ["iron", "tree"]
+        assert told("fixed", context, ("tree", "water", "iron"), ("tree in view",))[1] == ["tree", None]
         # the last one that is possible: of place stone and sleep, sleep
         assert [told("fixed", context, needs=needs)[2] for needs in ((), ("stone >= 1", "energy full"))] == [
             "sleep", "place furnace"

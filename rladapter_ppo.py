@@ -214,6 +214,7 @@ class Runner:
     previous: jax.Array  # (N,) int32, last action; A where an episode begins
     memory: jax.Array  # (N, R) f32, of the policy; zero where an episode begins
     paid: jax.Array  # (N, G) int32, how often a bonus was paid for each sub-goal in this episode
+    failed: jax.Array  # () int32, updates in a row that met gradients which are no numbers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -428,7 +429,10 @@ def value_scale(stats: jax.Array) -> tuple[jax.Array, jax.Array]:
 def update_agent(
     args: Args, agent: Agent, runner: Runner, table: GuidanceTable, transitions: Transition, last_value: jax.Array
 ) -> tuple[Runner, dict[str, jax.Array]]:
-    """Makes epochs of minibatch updates on one rollout. Returns the runner and the mean losses."""
+    """Makes epochs of minibatch updates on one rollout. Returns the runner and the mean losses.
+
+    A minibatch whose gradients are not all numbers changes nothing.
+    """
     advantages, returns = compute_gae(
         transitions.reward, transitions.value, transitions.done, last_value, args.gamma, args.gae_lambda
     )
@@ -452,7 +456,9 @@ def update_agent(
         grads, losses = jax.grad(loss, has_aux=True)(params, table, batch, batch_advantages, targets)
         updates, opt_state = optimizer.update(grads, opt_state)
         params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
-        return (params, opt_state, stats), losses
+        sound = jnp.isfinite(optax.global_norm(grads))
+        carry = jax.tree.map(lambda new, old: jnp.where(sound, new, old), (params, opt_state, stats), carry)
+        return carry, losses | {"skipped": 1.0 - sound}
 
     key, key_shuffle = jax.random.split(runner.key)
     keys = jax.random.split(key_shuffle, args.update_epochs)
@@ -463,8 +469,9 @@ def update_agent(
     losses = jax.tree.map(jnp.mean, losses)
     losses["explained_variance"] = 1.0 - jnp.var(returns - transitions.value) / (jnp.var(returns) + 1e-8)
     runner = dataclasses.replace(
-        runner, params=params, opt_state=opt_state, value_stats=stats, key=key, update=runner.update + 1
-    )
+        runner, params=params, opt_state=opt_state, value_stats=stats, key=key, update=runner.update + 1,
+        failed=jnp.where(losses["skipped"] > 0, runner.failed + 1, 0),
+    )  # fmt: skip
     return runner, losses
 
 
@@ -722,7 +729,7 @@ def check_args(args: Args) -> None:
             f"--num-minibatches: {args.num_envs} envs can't be divided into {args.num_minibatches} minibatches of "
             "whole envs; change --num-envs or --num-minibatches"
         )
-    if args.batch_size * 200 > 64 * 2**30:
+    if args.batch_size * (400 + 4 * args.rnn_size) > 64 * 2**30:  # bytes of a `Transition`, about
         raise ValueError(f"--num-envs, --num-steps: {args.batch_size} samples are too many; choose smaller ones")
 
 
@@ -763,6 +770,7 @@ def init_runner(args: Args, agent: Agent, params: Pytree, key: jax.Array) -> tup
     begun["paid"] = jnp.zeros((args.num_envs, agent.env.game.num_basic), jnp.int32)
     begun = agent.env.shard(begun)
     shared = {"params": params, "opt_state": make_optimizer(args).init(params), "key": key, "update": jnp.int32(0)}
+    shared["failed"] = jnp.int32(0)
     shared["value_stats"] = jnp.array([0.0, 1.0])
     runner = Runner(env_state=env_state, **begun, **agent.env.replicate(shared))
     obs = agent.env.observe(env_state)[: args.num_envs * agent.context.guided]
@@ -862,6 +870,7 @@ def main(args: Args, run: runs.Run) -> dict[str, Any] | None:
         )
         metrics = phase_metrics(args, env.game, sums, num_updates, run.totals)
         run.log_phase(metrics | worth | pause.metrics() | tuned)
+        run.check_numbers(metrics["losses/skipped"], int(env.to_host(runner.failed)))
         run.save_if_due(env, runner, situations, table, adapter)
 
     run.save_adapter(adapter)

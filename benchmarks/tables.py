@@ -191,7 +191,7 @@ def generated(results: Results) -> dict[tuple[Path, str], str]:
     return {
         (readme, "methods"): methods_table(),
         (readme, "results"): results_table(results),
-        (ROOT / "docs" / "common_sense.md", "habits"): habits_table(results),
+        (readme, "habits"): habits_table(results),
         (docs, "aggregate"): aggregate_table(results),
         (docs, "published"): published_table(results),
         (adapter, "speed"): adapter_speed_table(),

@@ -21,6 +21,7 @@ import compare  # noqa: E402
 import plot  # noqa: E402
 import run  # noqa: E402
 import stats  # noqa: E402
+import tables  # noqa: E402
 
 from envs.scores import score  # noqa: E402
 from utils import published  # noqa: E402
@@ -418,3 +419,40 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, capsys):
     assert done.returncode == 0 and "1 done" in done.stdout, done.stderr
     resumed = [json.loads(line)["global_step"] for line in metrics.read_text().splitlines()]
     assert resumed[: len(steps)] == steps and resumed[-1] >= 30_000
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Habits
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def evaluation(**habits):
+    """An eval.json: of each habit how many occasions of 4 episodes, and how many were handled sensibly."""
+    found = {name: {"occasions": n, "sensible": well, "what": ""} for name, (n, well) in habits.items()}
+    rest = {"git_commit": "abc", "seed": 1, "eval_episodes": 4, "episodic_return": 2.0, "score": 3.0, "other": 1}
+    return rest | {"habits": found, "deaths": {"lava": 0.25, "thirst": 0.75}}
+
+
+def test_what_evaluate_saw_is_collected(tmp_path):
+    path = tmp_path / "eval.json"
+    assert collect.habits(path) is None
+    path.write_text(json.dumps({"score": 1.0}))  # of a game without habits
+    assert collect.habits(path) is None
+    path.write_text(json.dumps(evaluation(naps=(8, 4))))
+    found = collect.habits(path)
+    assert found["counts"] == {"naps": [8, 4]} and found["deaths"]["thirst"] == 0.75 and "other" not in found
+    assert found["command"] == f"python evaluate.py {tmp_path.name} --episodes 4 --seed 1"
+
+
+def test_the_table_of_habits_has_means_of_shares_and_occasions_a_life(tmp_path):
+    results = {"guided": {}, "none": {}, "facts": {1: {"summary": {}}}}  # facts were not watched
+    for seed, name, counts in ((1, "guided", (8, 4)), (2, "guided", (4, 4)), (1, "none", (0, 0))):
+        (tmp_path / "eval.json").write_text(json.dumps(evaluation(naps=counts)))
+        summary = {"env_id": "Toy-v0", "llm": "rules", "llm_model": ""}
+        results[name][seed] = {"summary": summary, "habits": collect.habits(tmp_path / "eval.json")}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.habits_table(results).splitlines()]
+    assert [cell.split(",")[0] for cell in lines[0][1:]] == ["`guided`", "`none`"]
+    assert lines[2] == ["naps", "75 [0, 100] (1.5)", "-"]  # no occasion is no share
+    assert lines[3] == ["*ended by lava, % of the lives*", "25 [25, 25]", "25"]
+    assert plot.plot_habits(results, tmp_path / "habits.png") and (tmp_path / "habits.png").stat().st_size > 5000
+    assert tables.habits_table({"facts": results["facts"]}) == "not measured"

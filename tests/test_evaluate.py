@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 import shutil
 
 import imageio_ffmpeg
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from test_runs import TOY
+from test_runs import ROOT, TOY
 
 import evaluate
 import rladapter_ppo as rl
@@ -325,3 +326,11 @@ def test_a_guided_run_only_can_ask(toy_run, tmp_path, capsys):
     plain = tmp_path / "plain"
     assert rl.cli([*TOY, "--total-timesteps", "256", "--guidance", "none", "--run-dir", str(plain)]) == 0
     assert "asks nobody" in refused(capsys, plain, "--num-envs", 8, "--pauses", 1)
+
+
+def test_every_documented_command_parses():
+    texts = [evaluate.__doc__, *(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))]
+    commands = [command for text in texts for command in re.findall(r"python evaluate\.py ([^`|#\n]*)", text)]
+    assert len(commands) > 10
+    for command in commands:
+        evaluate.check(evaluate.read_args([word for word in shlex.split(command) if word != "--pauses"]))

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from test_runs import ROOT, TOY
 
@@ -75,6 +77,31 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(tmp_path, monk
     assert rl.cli(["--resume", str(tmp_path / "run")]) == 0
     logs = "metrics.jsonl", "guidance.jsonl", "outcomes.jsonl"
     assert contents(tmp_path / "run", *logs) == contents(tmp_path / "whole", *logs)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_ends_as_if_it_had_never_been_killed(tmp_path, kills):
+    """Real processes, killed while they import, set up, pause, train, save: logs and parameters are the same."""
+    flags = [*TOY, "--total-timesteps", "12000", "--save-every", "1", "--resume", "auto", "--run-dir"]
+    command = [sys.executable, str(ROOT / "rladapter_ppo.py"), *flags]
+    start = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    seconds = time.monotonic() - start
+    for moment in np.random.default_rng(0).uniform(0.2, 1.0, kills):
+        process = subprocess.Popen([*command, str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            process.wait(moment * seconds)
+            assert process.returncode in (0, 2), process.stderr.read()  # 2: it had ended the time before
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    subprocess.run([*command, str(tmp_path / "run")], capture_output=True)
+    logs = "metrics.jsonl", "guidance.jsonl", "outcomes.jsonl"
+    assert contents(tmp_path / "run", *logs) == contents(tmp_path / "whole", *logs)
+    (_, whole, _), (_, killed, _) = (run_folder.read_checkpoint(tmp_path / name) for name in ("whole", "run"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole, killed))
+    results = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "run")]
+    assert results[0]["episodic_return"] == results[1]["episodic_return"]
 
 
 def test_resume_auto_starts_goes_on_and_starts_again_what_was_killed_early(tmp_path, monkeypatch):
@@ -231,6 +258,39 @@ def test_numbers_that_are_none_become_null_and_are_reported_once(tmp_path, monke
     text = (tmp_path / "run/metrics.jsonl").read_text()
     assert "NaN" not in text and '"losses/policy_loss": null' in text
     assert capsys.readouterr().err.count("losses/policy_loss became NaN") == 1
+
+
+def no_numbers(monkeypatch, where):
+    """Makes advantages NaN for some envs (N,)."""
+    real = rl.compute_gae
+
+    def gae(*args):
+        advantages, returns = real(*args)
+        return jnp.where(jnp.asarray(where), jnp.nan, advantages), returns
+
+    monkeypatch.setattr(rl, "compute_gae", gae)
+
+
+def test_gradients_that_are_no_numbers_stop_the_run_and_spoil_nothing(tmp_path, monkeypatch, capsys):
+    no_numbers(monkeypatch, [True] * 8)
+    flags = "--num-steps", 10, "--save-every", 1  # a program of its own
+    assert train("--run-dir", tmp_path / "run", *flags) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "3 updates in a row" in line and f"--resume {tmp_path / 'run'}" in line and "Traceback" not in line
+    saved = run_folder.read_checkpoint(tmp_path / "run")[1]["runner"]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((saved["params"], saved["opt_state"])))
+    assert [m["losses/skipped"] for m in map(json.loads, (tmp_path / "run/metrics.jsonl").open())] == [1.0, 1.0]
+
+
+def test_a_minibatch_without_numbers_is_left_out(tmp_path, monkeypatch, capsys):
+    """One env of eight, with two minibatches an epoch: half of them are skipped, the rest is learned from."""
+    no_numbers(monkeypatch, [True] + [False] * 7)
+    monkeypatch.setattr(runs, "MAX_FAILED", 10**6)
+    assert train("--run-dir", tmp_path / "run", "--num-steps", 11, "--no-norm-adv", steps=300) == 0
+    assert {m["losses/skipped"] for m in map(json.loads, (tmp_path / "run/metrics.jsonl").open())} == {0.5}
+    assert capsys.readouterr().err.count("gradients were NaN") == 1
+    saved = run_folder.read_checkpoint(tmp_path / "run")[1]["runner"]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved))
 
 
 def test_lines_are_cut_at_line_feeds_alone(tmp_path):

@@ -26,6 +26,8 @@ from utils.run_folder import Checkpoints, Log, NoLog, to_numpy
 
 EXIT_STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal, as shells have it
 AUTO = Path("auto")  # --resume auto
+MAX_FAILED = 3  # updates in a row whose gradients are no numbers
+EXIT_DIVERGED = 1
 Situations = dict[str, np.ndarray]  # obs (M, O) uint8, facts (M, P) bool
 # Metrics that a run adds up over all its sessions: llm/calls is llm_calls in its totals and in summary.json
 TOTALS = ("calls", "cache_hits", "failures", "skipped", "prompt_tokens", "completion_tokens", "cost")
@@ -37,12 +39,16 @@ SUMMARY_FLAGS = (
 ).split()
 
 
+class Diverged(Exception):
+    """A training whose gradients are no numbers any more."""
+
+
 def launch(main: Callable[[Any, "Run"], Any], args_type: type, check: Callable[[Any], None], argv: list[str]) -> int:
     """Runs main(args, run) from the command line.
 
     Returns:
-        0; 2 after one line on stderr for input that can't work (a ValueError before training); 130 after Ctrl-C, 143
-        after SIGTERM
+        0; 2 after one line on stderr for input that can't work (a ValueError before training); 1 for a training whose
+        gradients are no numbers any more; 130 after Ctrl-C, 143 after SIGTERM
     """
     args = at_home(tyro.cli(args_type, args=argv))
     with devices.all_or_none():
@@ -62,6 +68,9 @@ def launch(main: Callable[[Any, "Run"], Any], args_type: type, check: Callable[[
                 raise
             print(f"error: {first_line(error)}", file=sys.stderr)
             return devices.leave(EXIT_BAD_INPUT)
+        except Diverged as error:
+            print(f"error: {first_line(error)}", file=sys.stderr)
+            return devices.leave(EXIT_DIVERGED)
         except KeyboardInterrupt:
             saved = run is not None and run_folder.has_checkpoint(run.folder)
             what = f"what was saved before can be resumed: {again(run.folder)}" if saved else "nothing was saved yet"
@@ -197,6 +206,7 @@ class Run:
         self.guide: Any = None
         self.progress: Progress | None = None
         self.lock: TextIO | None = None
+        self.warned = False  # of gradients that are no numbers
         self.compile_clock, self.made_at = CompileClock(), time.perf_counter()
         self.times: dict[str, float] = {}
 
@@ -321,6 +331,24 @@ class Run:
     def steps_per_second(self) -> float:
         """Returns env steps per second of all sessions, without setting up, compilation and evaluation."""
         return self.totals["global_step"] / (self.totals["wall_seconds"] - self.totals["compile_seconds"])
+
+    def check_numbers(self, skipped: float, failed: int) -> None:
+        """Reports updates that were skipped, wholly or in part: their gradients were NaN or infinite.
+
+        Args:
+            skipped: share of this phase's minibatches
+            failed: updates in a row
+        Raises Diverged when there were MAX_FAILED in a row: nothing is learned any more.
+        """
+        if failed >= MAX_FAILED:
+            raise Diverged(
+                f"gradients were NaN or infinite in {failed} updates in a row, up to phase {self.phase}; it stops, "
+                f"what is saved is sound: {again(self.folder)}, or start anew with a smaller --learning-rate"
+            )
+        if skipped and not self.warned:
+            self.warned = True
+            what = f"{100 * skipped:.3g} % of the minibatches of phase {self.phase}"
+            print(f"warning: gradients were NaN or infinite in {what}; these were skipped", file=sys.stderr)
 
     def save_if_due(
         self, env: devices.SharedEnv, runner: Any, situations: Situations, table: Any, adapter: Any

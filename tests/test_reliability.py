@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -214,6 +215,48 @@ def test_a_fork_names_itself(tmp_path, monkeypatch, capsys):
 def test_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run_folder.git_commit() is None
+
+
+def test_without_a_home(monkeypatch):
+    monkeypatch.delenv("RLADAPTER_CACHE")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # and a user whom the machine does not know
+    assert compilation.cache_folder().is_absolute()
+
+
+def test_a_folder_whose_checkpoints_are_deleted_meanwhile(tmp_path, monkeypatch, capsys):
+    at_phase(monkeypatch, 2, lambda: shutil.rmtree(tmp_path / "run/checkpoints"))
+    assert train("--run-dir", tmp_path / "run", "--save-every", 1, steps=1200) == 0
+    said = capsys.readouterr().err
+    assert (tmp_path / "run/summary.json").exists() and "Traceback" not in said
+    assert "can't write a checkpoint" in said or run_folder.has_checkpoint(tmp_path / "run")
+
+
+def test_files_that_may_not_grow_do_not_stop_the_training(tmp_path):
+    """A real limit of the system, as a full disk is one: no file may be larger than 20 kB."""
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+    code += "import rladapter_ppo as rl; sys.exit(rl.cli(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *TOY, "--total-timesteps", "4000", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and (tmp_path / "run/summary.json").exists(), done.stderr
+    assert "can't log to" in done.stderr and "can't write a checkpoint" in done.stderr
+    assert run_folder.read_log(tmp_path / "run", "metrics.jsonl")  # whole lines
+
+
+def test_tensorboard_gets_every_number_of_every_phase(tmp_path):
+    assert train("--run-dir", tmp_path / "run") == 0
+    library = run_folder._import_tensorboard()  # without torch
+    data, events = next((tmp_path / "run").glob("events.out.*")).read_bytes(), []
+    while data:  # records of TensorFlow: length, its checksum, that many bytes, their checksum
+        (length,) = struct.unpack("<Q", data[:8])
+        events.append(library.proto.event_pb2.Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    assert events[0].file_version == "brain.Event:2" and events[1].step == 1  # what is older than this is purged
+    metrics = run_folder.read_log(tmp_path / "run", "metrics.jsonl")
+    assert [event.step for event in events[2:]] == [m["global_step"] for m in metrics]
+    for event, record in zip(events[2:], metrics, strict=True):
+        shown = {value.tag: value.simple_value for value in event.summary.value}
+        assert shown == pytest.approx({tag: x for tag, x in record.items() if "/" in tag and x is not None}, rel=1e-6)
 
 
 def test_in_a_thread(tmp_path):

@@ -1,6 +1,7 @@
 """Compiled programs: where they are kept, and how long making them took."""
 
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -10,8 +11,14 @@ COMPILING = "/jax/core/compile/"  # jax's events of tracing, lowering and compil
 
 
 def cache_folder() -> Path:
-    """Returns where compiled programs and replies are kept between runs: $RLADAPTER_CACHE or ~/.cache/rladapter."""
-    return Path(os.environ.get("RLADAPTER_CACHE") or "~/.cache/rladapter").expanduser()
+    """Returns where compiled programs and replies are kept between runs: $RLADAPTER_CACHE or ~/.cache/rladapter.
+
+    A user without a home, as containers have them, keeps them with the machine's temporary files.
+    """
+    try:
+        return Path(os.environ.get("RLADAPTER_CACHE") or "~/.cache/rladapter").expanduser()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"rladapter-{os.getuid()}"
 
 
 def use_compilation_cache() -> None:

@@ -8,9 +8,11 @@ checkpoint. Errors are ValueError with one line that says what to do; once train
 it: a log or checkpoint that can't be written is reported once and training goes on.
 """
 
+import contextlib
 import fcntl
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -18,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
@@ -167,7 +170,7 @@ class Log:
 
     def __init__(self, folder: Path, track: bool, config: dict[str, Any], first_step: int = 0):
         self.folder = folder
-        self.tensorboard = _import_tensorboard().SummaryWriter(str(folder), flush_secs=20, purge_step=first_step + 1)
+        self.tensorboard = TensorBoard(folder, first_step + 1)
         self.failed = self.odd = False  # was a failure reported, a number that is none?
         self.wandb = _start_wandb(folder, config) if track else None
 
@@ -181,7 +184,7 @@ class Log:
         self.append("metrics.jsonl", [record])
         step = record["global_step"]
         tagged = {tag: value for tag, value in record.items() if "/" in tag and value is not None}
-        self._guarded(lambda: [self.tensorboard.add_scalar(tag, value, step) for tag, value in tagged.items()])
+        self._guarded(lambda: self.tensorboard.write(tagged, step))
         if self.wandb is not None:
             self._guarded(lambda: self.wandb.log(tagged, step=step))
 
@@ -212,6 +215,31 @@ class NoLog:
     def append(self, name: str, records: list[dict[str, Any]]) -> None: ...
 
     def close(self) -> None: ...
+
+
+class TensorBoard:
+    """A file of TensorBoard's events. Steps from purge_step on that older files hold are not shown.
+
+    tensorboardX's SummaryWriter writes in a thread; when a full disk has ended that, it waits for it for ever.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        library = _import_tensorboard()
+        from tensorboardX.event_file_writer import EventsWriter
+
+        self.events, self.summaries = library.proto.event_pb2, library.proto.summary_pb2
+        self.file = EventsWriter(str(folder / "events"))
+        start = self.events.SessionLog(status=self.events.SessionLog.START)
+        self.file.write_event(self.events.Event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def write(self, tagged: dict[str, float], step: int) -> None:
+        values = [self.summaries.Summary.Value(tag=tag, simple_value=value) for tag, value in tagged.items()]
+        summary = self.summaries.Summary(value=values)
+        self.file.write_event(self.events.Event(wall_time=time.time(), step=step, summary=summary))
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
 
 
 def _import_tensorboard() -> Any:
@@ -275,8 +303,9 @@ class Checkpoints:
             items = {"arrays": ocp.args.StandardSave(arrays), "extra": ocp.args.JsonSave(extra)}
             if all(map(len, situations.values())):  # Orbax takes no empty arrays
                 items["situations"] = ocp.args.StandardSave(situations)
-            self.manager.save(phase, args=ocp.args.Composite(**items), force=True)
-            self.manager.wait_until_finished()
+            with quiet("absl"):  # Orbax would log a stack trace of its own for what is reported below
+                self.manager.save(phase, args=ocp.args.Composite(**items), force=True)
+                self.manager.wait_until_finished()
             return True
         except Exception as error:
             reason = clean_line(str(error))
@@ -336,6 +365,18 @@ def read_checkpoint(folder: Path, phase: int | None = None) -> tuple[int, dict[s
         return checkpoints.read(phase)
     finally:
         checkpoints.close()
+
+
+@contextlib.contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """Lets a library's logger say nothing for a while."""
+    log = logging.getLogger(logger)
+    before = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def clean_line(text: str) -> str:

@@ -36,11 +36,24 @@ from envs import make_env
 from envs.game import Game, Literals
 from utils.cli import exit_code
 from utils.llm_cache import Cache, NoCache, open_cache
-from utils.llm_http import MAX_ERROR, MAX_REPLY, MAX_TOKENS, Budget, BudgetSpent, Chat, Form, Messages, Spending, clean
+from utils.llm_http import (
+    MAX_ERROR,
+    MAX_REPLY,
+    MAX_TOKENS,
+    Budget,
+    BudgetSpent,
+    Chat,
+    Form,
+    Messages,
+    Spending,
+    answer_of,
+    clean,
+)
 
 MAX_SUB_GOALS = 6  # of a reply
 MAX_ANALYSIS = 1_000  # characters of the adapter's analysis that are passed on
 DEADLINE = 600.0  # seconds that all calls of one pause may take
+MANY_TIMEOUTS = 0.1  # share of a pause's requests that time out from which a warning says so
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -104,6 +117,9 @@ class Reply:
     completion_tokens: int = 0
     seconds: float = 0.0
     calls: int = 0  # requests that the guide answered: 2 with a repair; retries do not count
+    requests: int = 0  # all that were sent
+    retries: int = 0  # of these, those that were sent again
+    timeouts: int = 0  # of these, those that were given up
     cost: float = 0.0  # in the currency of --llm-price-in
     skipped: bool = False  # not asked: the budget is spent; `error` says so, but it is no failure of the guide
 
@@ -173,8 +189,6 @@ SCHEMA_NOTE = """
 Write the object in this form, the most urgent sub-goal first:
 {example}"""
 
-CHECK_MESSAGES = [{"role": "user", "content": "Reply with one word: ready"}]
-
 
 @functools.cache
 def system_prompt(game: Game) -> str:
@@ -200,6 +214,13 @@ def build_messages(game: Game, caption: str, sub_goals: Sequence[int], analysis:
     if analysis := clean(analysis, MAX_ANALYSIS):
         lines.append(f"Analysis: {analysis}")
     return [{"role": "system", "content": system_prompt(game)}, {"role": "user", "content": "\n".join(lines)}]
+
+
+def check_messages(game: Game) -> Messages:
+    """Returns a question as training asks them, and about as long: a server may take short ones only."""
+    caption = f"You see: {', '.join(game.facts)}."
+    analysis = f"The player may {', '.join(game.basic_sub_goals)}."
+    return build_messages(game, caption, range(len(game.sub_goals)), analysis)
 
 
 @functools.cache
@@ -253,7 +274,7 @@ def parse_reply(game: Game, text: str) -> tuple[tuple[int, Literals], ...]:
     writes between <think> and </think> is not its answer and is not read. Raises ValueError, with the reason, when
     there is no usable sub-goal, and nothing else.
     """
-    text = text[:MAX_REPLY].rpartition("</think>")[2].partition("<think>")[0]
+    text = answer_of(text[:MAX_REPLY])
     fields = _find_object(text)
     if fields is not None:
         found = _read_sub_goals(game, fields["subgoals"], fields.get("because"))
@@ -345,6 +366,7 @@ class Guide:
 
     def __init__(self, game: Game, seed: int = 0) -> None:
         self.game, self.seed = game, seed
+        self.warned: set[str] = set()  # kinds of warnings that were printed
 
     def check(self) -> None:
         """Called before training. Raises ValueError, one line, where the guide cannot work."""
@@ -368,6 +390,25 @@ class Guide:
 
     def close(self) -> None:
         """Lets go of files."""
+
+    def watch(self, questions: list[Question]) -> None:
+        """Warns on stderr where a pause brought nothing at all, or was slow; once of each kind."""
+        asked = [question for question in questions if not question.reply.skipped]
+        if asked and all(question.error for question in asked):
+            error = clean(asked[0].error, MAX_ERROR)
+            kind = re.split(r"[:'\"(]", error.removeprefix("ValueError: "))[0]  # without what differs each time
+            what = f"{len(asked)} of {len(asked)} questions of a pause failed"
+            self.warn(kind, f"{what}, so the guidance stays as it was: {error}")
+        requests, timeouts = (sum(getattr(q.reply, name) for q in asked) for name in ("requests", "timeouts"))
+        if timeouts > MANY_TIMEOUTS * requests:
+            way = "lower --llm-concurrency to what the server works on at a time, or raise --llm-timeout"
+            self.warn("time-outs", f"{timeouts} of {requests} requests of a pause timed out; {way}")
+
+    def warn(self, kind: str, message: str) -> None:
+        """Prints a warning, unless there was one of its kind before."""
+        if kind not in self.warned:
+            print(f"warning: {message}", file=sys.stderr)
+        self.warned.add(kind)
 
     def _reply(self, question: Question) -> Reply:
         start = time.perf_counter()
@@ -407,6 +448,7 @@ class Pause:
                 question.advice = () if reply.error else parse_reply(self._guide.game, reply.text)
             except ValueError as problem:
                 question.error = str(problem)
+        self._guide.watch(self.questions)
         return self.questions
 
     def metrics(self) -> dict[str, float]:
@@ -419,6 +461,8 @@ class Pause:
             "llm/cache_hits": sum(reply.cached for reply in replies),
             "llm/failures": errors - skipped,
             "llm/skipped": skipped,
+            "llm/retries": sum(reply.retries for reply in replies),
+            "llm/timeouts": sum(reply.timeouts for reply in replies),
             "llm/prompt_tokens": sum(reply.prompt_tokens for reply in replies),
             "llm/completion_tokens": sum(reply.completion_tokens for reply in replies),
             "llm/cost": sum(reply.cost for reply in replies),
@@ -494,7 +538,8 @@ class ReplayGuide(Guide):
             raise ValueError("--llm replay needs the folder of a run: set --llm-replay")
         self.records: list[tuple[str, Reply]] = []
         try:
-            for line in (folder / "guidance.jsonl").read_text().splitlines():
+            # Not splitlines, which also splits at the line ends that JSON allows within a string.
+            for line in (folder / "guidance.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n"):
                 record = json.loads(line)
                 text, error = record["reply"], record["error"]
                 reply = Reply(text, error, cached=not error, skipped=record.get("skipped", False))
@@ -554,11 +599,12 @@ class HttpGuide(Guide):
         self.cache, self.budget = cache or NoCache(), budget or Budget()
 
     def check(self) -> None:
-        """Has one short chat, two where the server does not answer in the schema that --llm-structured auto asks for.
+        """Asks one question as training does, twice where the server does not answer in the schema that
+        --llm-structured auto asks for.
 
         Raises ValueError where training would be in vain, warns on stderr where it may go well.
         """
-        self.chat.check(CHECK_MESSAGES)
+        self.chat.check(check_messages(self.game))
 
     def complete(self, questions: list[Question]) -> list[Reply]:
         """Asks all questions at once, `concurrency` at a time; none that is in the cache, and none twice.
@@ -697,7 +743,9 @@ def main() -> None:
     structured = args.llm_structured or ("auto" if args.prompt is None else "text")
     game = make_env(args.env_id, num_envs=1).game
     guide = HttpGuide(game, args.llm_base_url, args.llm_model, structured=structured)
-    asked = CHECK_MESSAGES if args.prompt is None else [{"role": "user", "content": args.prompt}]
+    asked = check_messages(game) if args.prompt is None else [{"role": "user", "content": args.prompt}]
+    if re.search("[\ud800-\udfff]", args.prompt or ""):  # what is no UTF-8 on the command line
+        raise ValueError("--prompt: is no UTF-8 text")
     text, spent = guide.chat.try_out(asked)
     print(f"reply: {clean(text, 2_000)}")
     print(f"tokens: {spent.prompt_tokens} prompt, {spent.completion_tokens} completion, of {spent.calls} chats")

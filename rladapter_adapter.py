@@ -12,13 +12,15 @@ for four jitted functions: `read_prefix`, `generate`, `measure_nll`, `sft_step`.
 model and splits it once: then weights are dicts of arrays, those of the layers stacked and scanned.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import re
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +44,7 @@ Folder = Annotated[str, tyro.conf.arg(metavar="FOLDER|HUB-ID")]
 
 LENGTH_BUCKET = 64  # prompts are padded to a multiple of it, so that few lengths are ever compiled
 BATCH_BUCKETS = (8, 16, 32, 64)  # batches are padded to one of these; more prompts: several batches
+ANALYSIS_TOKENS = 48  # of an analysis, at most
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # what LoRA adapts
 
 SFT_EPOCHS = 2  # passes over the examples
@@ -539,7 +542,7 @@ class Adapter:
         return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
     def analyse(
-        self, prompts: Sequence[str], key: jax.Array, temperature: float = 1.0, max_new_tokens: int = 48
+        self, prompts: Sequence[str], key: jax.Array, temperature: float = 1.0, max_new_tokens: int = ANALYSIS_TOKENS
     ) -> list[str]:
         """Returns an analysis for each prompt (`adapter_prompt`): one line, possibly empty.
 
@@ -556,6 +559,15 @@ class Adapter:
         if not 1 <= max_new_tokens <= most:
             raise ValueError(f"--max-new-tokens, max_new_tokens: must be 1 to {most}, not {max_new_tokens}")
         return self.config.max_position_embeddings - max_new_tokens
+
+    def check_room(self) -> None:
+        """Raises ValueError if the context has no room for what training asks, or learns by `encode_example`."""
+        context, instruction = self.config.max_position_embeddings, len(self.chat.tokens(INSTRUCTION))
+        answer = max(ANALYSIS_TOKENS, context // 2 + 1)
+        if instruction + answer > context:
+            needs = f"{answer} are the answer's, system prompt and instruction take {instruction}"
+            way = "choose a model with a longer context"
+            raise ValueError(f"its context of {context} tokens is too short: {needs}; {way}")
 
     def finetune(
         self, examples: Sequence[tuple[str, str]], key: jax.Array, epochs: int = SFT_EPOCHS,
@@ -653,7 +665,8 @@ def load_adapter(source: str | Path, lora: LoraConfig = LoraConfig(), seed: int 
             raise ValueError("neither its config nor its tokenizer names an end token")
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model {config.vocab_size}")
-        if base == folder:
+        hf_folder.Chat(tokenizer, SYSTEM_PROMPT)  # fails here, where the folder is named, if the template does
+        if not hf_folder.is_lora(folder):
             # The first four keys that come of this seed are those of the run (`rladapter_ppo.run_keys`).
             factors = init_lora(config, lora, jax.random.fold_in(jax.random.key(seed), 4))
         else:
@@ -670,20 +683,29 @@ def make_adapter(args: SftArgs, seed: int) -> Adapter | NoAdapter:
     """Returns the adapter of --adapter. Raises ValueError, one line that names the flag."""
     if args.adapter == "none":
         return NoAdapter()
-    return open_adapter("--adapter", args.adapter, seed, hint="; or use --adapter none", rank=args.lora_rank)
+    hint = "; or use --adapter none"
+    adapter = open_adapter("--adapter", args.adapter, seed, hint=hint, rank=args.lora_rank)
+    with naming(f"--adapter: cannot use {args.adapter}", hint):
+        adapter.check_room()
+    return adapter
+
+
+@contextlib.contextmanager
+def naming(flag: str, hint: str = "") -> Iterator[None]:
+    """Puts a flag in front of what a ValueError says, and a hint behind it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}{hint}") from None
 
 
 def open_adapter(flag: str, source: str, seed: int = 0, hint: str = "", **lora: Any) -> Adapter:
     """Returns the adapter that a flag names. The --lora-* flags (None: not given) must fit it."""
     given = {name: value for name, value in lora.items() if value is not None}
-    try:
+    with naming(", ".join(f"--lora-{name}" for name in given)):
         config = LoraConfig(**given)
-    except ValueError as error:
-        raise ValueError(f"{', '.join(f'--lora-{name}' for name in given)}: {error}") from None
-    try:
+    with naming(flag, hint):
         adapter = load_adapter(source, config, seed)
-    except ValueError as error:
-        raise ValueError(f"{flag}: {error}{hint}") from None
     for name, value in given.items():  # what `load_adapter` made anew is as given
         own = getattr(adapter.lora_config, name)
         if set(value) != set(own) if name == "targets" else value != own:
@@ -693,10 +715,14 @@ def open_adapter(flag: str, source: str, seed: int = 0, hint: str = "", **lora: 
 
 # --------------------------------------------------------------------------------- the command line
 
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")  # a lone surrogate: JSON can have it, a tokenizer takes none
+
+
 def read_examples(path: Path) -> list[tuple[str, str]]:
     """Returns the (prompt, response) pairs of a guidance.jsonl, or of the last phase of an examples.jsonl."""
     try:
-        lines = path.read_text().splitlines()
+        # Not splitlines, which also splits at the line ends that JSON allows within a string. A mark may come first.
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--data: cannot read {path}: {first_line(error)}") from None
     examples, phase = [], None
@@ -709,9 +735,11 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
                 raise TypeError
             if "response" in record and record.get("phase") != phase:  # each fine-tuning has all its examples
                 examples, phase = [], record.get("phase")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             kinds = 'neither {"prompt": ..., "response": ...} nor a record of a guidance.jsonl'
             raise ValueError(f"--data: line {number} of {path} is {kinds}") from None
+        if HALF_A_CHARACTER.search(prompt + "\n" + response):
+            raise ValueError(f"--data: line {number} of {path} holds half a character (such as \\ud800); leave it out")
         if response:  # `--adapter none` says nothing
             examples.append((prompt, response))
     if not examples:
@@ -735,9 +763,13 @@ def generate_command(
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"--temperature: must be 0 or more, not {temperature}")
+    if HALF_A_CHARACTER.search(prompt):
+        raise ValueError("--prompt: is no UTF-8 text")
     adapter = open_adapter("--model", model)
     adapter.chat = hf_folder.Chat(adapter.tokenizer, "", chat_template)
-    tokens = adapter.chat.encode(prompt, adapter.room_for(max_new_tokens))
+    room = adapter.room_for(max_new_tokens)
+    with naming("--model, --max-new-tokens"):
+        tokens = adapter.chat.encode(prompt, room)
     if not tokens:
         raise ValueError("--prompt: is empty")
     if adapter.cut_prompts:
@@ -783,7 +815,8 @@ def sft_command(
         "--model", model, seed, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets
     )
     adapter.chat = hf_folder.Chat(adapter.tokenizer, SYSTEM_PROMPT * system_prompt, chat_template)
-    tuned = adapter.finetune(examples, jax.random.key(seed), epochs, learning_rate, held_out)
+    with naming("--model"):
+        tuned = adapter.finetune(examples, jax.random.key(seed), epochs, learning_rate, held_out)
     if epochs:
         (adapter.export if merge else adapter.save)(out)
     print(json.dumps(tuned | {"cut_prompts": adapter.cut_prompts}))

@@ -3,12 +3,15 @@
 import copy
 import dataclasses
 import inspect
+import io
 import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +21,14 @@ import jax.numpy as jnp
 import make_adapter_tiny as tiny
 import numpy as np
 import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import rladapter_adapter as ra
 from envs.crafter import CRAFTER
 from envs.crafter.captions import read_caption
+from utils import hf_folder
 from utils.hf_folder import Chat
 
 ROOT = Path(__file__).parents[1]
@@ -421,6 +428,37 @@ def test_harmless_extra_tensors_are_ignored(folder, tmp_path):
     ra.load_adapter(path)
 
 
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/model.safetensors", "..", 7, None])
+def test_shards_are_read_from_the_folder_alone(folder, tmp_path, name):
+    path = damaged(folder, tmp_path)
+    shutil.move(path / "model.safetensors", tmp_path / "outside.safetensors")
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(ValueError, match="model.safetensors.index.json must name files of its own folder") as error:
+        ra.load_adapter(path)
+    assert "\n" not in str(error.value)
+    for content in ("{}", "[]", '{"weight_map": []}', '{"weight_map": {}}', "{"):
+        index.write_text(content)
+        with pytest.raises(ValueError, match="cannot use .*model.safetensors.index.json"):
+            ra.load_adapter(path)
+
+
+def test_a_config_never_brings_code_along(folder, tmp_path, monkeypatch):
+    """transformers asks at the terminal, for 15 seconds, whether to run it."""
+    path = damaged(folder, tmp_path)
+    edit_config(path, model_type="mystery", auto_map={"AutoConfig": "code.Config"})
+    (path / "code.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
+    with pytest.raises(ValueError, match="cannot use"):
+        ra.load_adapter(path)
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-this-name/model", "x" * 5000, "a\0b"])
+def test_impossible_paths_are_no_folders(source):
+    with pytest.raises(ValueError, match="there is no folder"):
+        ra.load_adapter(source)
+
+
 # ---- prompts and teaching
 
 
@@ -567,7 +605,7 @@ def test_a_long_prompt_loses_its_beginning_and_never_the_instruction(adapter):
     assert len(tokens) > 150  # no more is cut than must be
     adapter.chat.encode(prompt_of(CAPTION, [], None), 400)
     assert adapter.cut_prompts == 1
-    with pytest.raises(ValueError, match="no room for the instruction"):
+    with pytest.raises(ValueError, match="no room for the prompt.s last line"):
         adapter.chat.encode(prompt, 1)
 
 
@@ -582,6 +620,73 @@ def test_without_a_chat_template_prompts_are_plain_text(folder, tmp_path, capsys
 
 
 SYSTEM_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+
+
+def with_template(folder, tmp_path, template, **config):
+    path = damaged(folder, tmp_path)
+    (path / "chat_template.jinja").write_text(template)
+    edit_config(path, **config)
+    return path
+
+
+def test_a_template_that_refuses_the_system_role_gets_its_text_in_the_users_turn(folder, tmp_path):
+    """As Gemma's does: a jinja2 error in the middle of the first pause."""
+    path = with_template(folder, tmp_path, NO_SYSTEM + "<|user|>{{ messages[0]['content'] }}<|assistant|>")
+    adapter = ra.make_adapter(ra.SftArgs(str(path)), 0)
+    prompt = prompt_of(CAPTION, [], None)
+    decode = adapter.tokenizer.decode
+    assert decode(adapter.chat.tokens(prompt)) == f"<|user|>{ra.SYSTEM_PROMPT}\n\n{prompt}<|assistant|>"
+    cut = decode(adapter.chat.encode(prompt_of("first words\n" + CAPTION * 20, [], None), 300))
+    assert cut.startswith(f"<|user|>{ra.SYSTEM_PROMPT}\n\n") and cut.endswith(f"{ra.INSTRUCTION}<|assistant|>")
+    assert "first words" not in cut and len(adapter.analyse([prompt], jax.random.key(0), max_new_tokens=4)) == 1
+
+
+def test_sft_with_a_template_that_refuses_the_system_role(folder, data, tmp_path, capsys):
+    path = with_template(folder, tmp_path, NO_SYSTEM + SYSTEM_TEMPLATE)
+    for flags in ([], ["--no-system-prompt"], ["--no-chat-template"]):
+        code, out, error = run(capsys, "sft", "--model", path, "--data", data, "--epochs", 0, *flags)
+        assert code == 0 and json.loads(out)["examples"] == 32, error
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no\\nway') }}", "{% if %}", "{{ messages[5].content.x }}"])
+def test_a_template_that_takes_nothing_is_one_line(folder, tmp_path, template):
+    path = with_template(folder, tmp_path, template)
+    with pytest.raises(ValueError, match="^--adapter: cannot use .*chat template.*or use --adapter none$") as error:
+        ra.make_adapter(ra.SftArgs(str(path)), 0)
+    assert "\n" not in str(error.value)
+
+
+def test_a_context_too_short_for_training_is_one_line_before_it_begins(folder, data, tmp_path, capsys):
+    """It was a traceback in the first pause, with half a run folder left behind."""
+    path = with_template(folder, tmp_path, SYSTEM_TEMPLATE, max_position_embeddings=64)
+    words = "^--adapter: .*context of 64 tokens.*longer context.*or use --adapter none$"
+    with pytest.raises(ValueError, match=words) as error:
+        ra.make_adapter(ra.SftArgs(str(path)), 0)
+    assert "\n" not in str(error.value)
+    code, _, error = run(capsys, "sft", "--model", path, "--data", data, "--out", tmp_path / "out")
+    assert code == 2 and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert error.startswith("error: --model: ") and "longer context" in error
+    code, _, error = run(capsys, "generate", "--model", path, "--prompt", "a\nlast line", "--max-new-tokens", 63)
+    assert code == 2 and error.startswith("error: --model, --max-new-tokens: ")
+
+
+@pytest.mark.parametrize("spare", [-1, 0, 1, 7])
+def test_what_passes_the_check_of_the_context_never_fails_later(folder, tmp_path, spare):
+    adapter = ra.load_adapter(with_template(folder, tmp_path, SYSTEM_TEMPLATE))
+    needed = len(adapter.chat.tokens(ra.INSTRUCTION))
+    context = 2 * (needed + spare) + 1  # half of it is the answer's
+    adapter.config = dataclasses.replace(adapter.config, max_position_embeddings=context)
+    if spare < 0:
+        with pytest.raises(ValueError, match="choose a model with a longer context"):
+            adapter.check_room()
+        return
+    adapter.check_room()
+    for caption in (CAPTION, BARE, WORKSHOP, CAPTION * 9, "a\n" * 300, "é\u2028" * 300):
+        prompt, response = adapter.encode_example(prompt_of(caption, [0], 0.5), "Chop tree. " * 300)
+        assert len(prompt) + len(response) <= context
+        assert ra.INSTRUCTION in adapter.tokenizer.decode(prompt)
+        adapter.chat.encode(prompt_of(caption, [0], 0.5), adapter.room_for(ra.ANALYSIS_TOKENS))
 
 
 def test_a_shared_prefix_changes_no_text(adapter, monkeypatch):
@@ -744,6 +849,267 @@ def test_examples_of_a_run_may_say_more(tmp_path):
     lines = ['{"phase": 7, "prompt": "a", "response": "b"}', "", '{"phase": 7, "prompt": "c", "response": "d"}']
     path.write_text("\n".join(lines))
     assert ra.read_examples(path) == [("a", "b"), ("c", "d")]
+
+
+def test_examples_with_any_white_space_in_them(tmp_path):
+    """Lines were split at U+2028 and U+0085, too, which JSON allows within strings; a byte order mark was refused."""
+    path = tmp_path / "examples.jsonl"
+    texts = [("a\u2028b", "c\x85d"), ("\x1cé", "\u2029\x0c木")]
+    lines = [json.dumps({"prompt": p, "response": r}, ensure_ascii=False) for p, r in texts]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, "", ""]).encode())
+    assert ra.read_examples(path) == texts
+
+
+@pytest.mark.parametrize("name", ["prompt", "response"])
+def test_half_a_character_is_named_with_its_line(folder, tmp_path, capsys, name):
+    path = tmp_path / "examples.jsonl"
+    good = {"prompt": "x", "response": "\U0001f600"}  # two halves that make one
+    path.write_text(json.dumps(good) + "\n\n" + json.dumps(good | {name: "a\ud800b"}) + "\n")
+    code, out, error = run(capsys, "sft", "--model", folder, "--data", path, "--out", tmp_path / "out")
+    assert (code, out) == (2, "") and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert error.startswith("error: --data: line 3 of ") and "half a character" in error
+    code, out, error = run(capsys, "generate", "--model", folder, "--prompt", "a\udcffb")  # as of a broken terminal
+    assert (code, out) == (2, "") and error.startswith("error: --prompt: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"prompt": ' * 50_000, "1" * 5_000, '"adapter_prompt"', "[1]", "7"])
+def test_lines_that_are_no_examples(tmp_path, line):
+    path = tmp_path / "examples.jsonl"
+    path.write_text(line)
+    with pytest.raises(ValueError, match="^--data: line 1 of .* is neither"):
+        ra.read_examples(path)
+
+
+# ---- LoRA folders of others
+
+
+def edited_lora(lora_folder, tmp_path, drop=(), **changes):
+    """A copy with another adapter_config.json."""
+    path = tmp_path / "lora"
+    shutil.copytree(lora_folder, path)
+    settings = json.loads((path / "adapter_config.json").read_text()) | changes
+    settings = {name: value for name, value in settings.items() if name not in drop}
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def edit_lora_tensors(path, edit):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = edit(load_file(path / "adapter_model.safetensors"))
+    save_file(tensors, path / "adapter_model.safetensors")
+
+
+def test_rank_stabilised_lora_has_its_own_scale(lora_folder, folder, tmp_path):
+    """It was loaded as if it were plain, at a quarter of its scale."""
+    path = tmp_path / "wide"
+    ra.load_adapter(folder, ra.LoraConfig(16, 16.0)).save(path)
+    loaded = ra.load_adapter(edited_lora(path, tmp_path, use_rslora=True))
+    assert loaded.lora_config.scale == pytest.approx(16 / 16**0.5) == 4.0
+    loaded.save(tmp_path / "again")
+    again = ra.load_adapter(tmp_path / "again")
+    assert again.lora_config == loaded.lora_config and again.lora_config.scale == 4.0
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal"])
+def test_initialisations_that_leave_the_base_alone(lora_folder, tmp_path, init):
+    ra.load_adapter(edited_lora(lora_folder, tmp_path, init_lora_weights=init))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("init_lora_weights", init) for init in
+          ("pissa", "pissa_niter_16", "olora", "corda", "eva", "loftq", "lora_ga", "mica", "tomorrow's", 7, ["pissa"])),
+        ("peft_type", "LOHA"), ("peft_type", None), ("use_dora", True), ("rank_pattern", {"q_proj": 2}),
+        ("alpha_pattern", {"q_proj": 2}), ("layers_to_transform", [0]), ("layers_to_transform", 1),
+        ("fan_in_fan_out", True), ("bias", "lora_only"), ("bias", "all"), ("modules_to_save", ["lm_head"]),
+        ("lora_bias", True), ("layer_replication", [[0, 2]]), ("trainable_token_indices", [5]),
+        ("target_parameters", ["x"]), ("alora_invocation_tokens", [1, 2]), ("use_qalora", True),
+        ("arrow_config", {"top_k": 3}), ("use_bdlora", {"nblocks": 2}), ("kasa_config", {"beta": 1.0}),
+        ("monteclora_config", {"x": 1}), ("megatron_config", {"x": 1}), ("revision", "v2"), ("new in 2030", True),
+        ("r", 0), ("r", "4"), ("r", True), ("r", 2.5), ("r", None), ("r", 10**400), ("lora_alpha", None),
+        ("lora_alpha", "x"), ("lora_alpha", float("nan")), ("lora_alpha", 10**400), ("lora_dropout", 1),
+        ("lora_dropout", "none"), ("lora_dropout", -0.1), ("base_model_name_or_path", None),
+        ("base_model_name_or_path", ""), ("base_model_name_or_path", ["x"]),
+    ],
+)  # fmt: skip
+def test_a_setting_of_peft_that_is_not_supported_is_named(lora_folder, tmp_path, name, value):
+    """Most were ignored: the weights were put on a base, or into a formula, that they do not belong to."""
+    path = edited_lora(lora_folder, tmp_path, **{name: value})
+    with pytest.raises(ValueError, match=f"cannot use .*adapter_config.json: .*{name}") as error:
+        ra.load_adapter(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["r", "lora_alpha", "base_model_name_or_path", "peft_type"])
+def test_a_setting_that_lacks_is_named(lora_folder, tmp_path, name):
+    with pytest.raises(ValueError, match=f"cannot use .*adapter_config.json: .*{name}"):
+        ra.load_adapter(edited_lora(lora_folder, tmp_path, drop=[name]))
+
+
+@pytest.mark.parametrize(
+    "targets", [".*self_attn.(q|v)_proj", "all-linear", None, [], ["model.layers.0.self_attn.q_proj"], ["v_proj"], 7]
+)
+def test_the_tensors_say_what_lora_is_on(lora_folder, loaded, tmp_path, targets):
+    """target_modules may be a regular expression or full names, which were refused in words about something else."""
+    path = edited_lora(lora_folder, tmp_path, target_modules=targets, exclude_modules=["k_proj"], drop=["lora_dropout"])
+    assert ra.load_adapter(path).lora_config == ra.LoraConfig(4, 8.0, 0.0, ("q", "v"))
+
+
+def test_settings_of_peft_that_change_nothing(lora_folder, tmp_path):
+    """All that PEFT writes for a plain LoRA."""
+    settings = {
+        "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": {"parent": "x"},
+        "bias": "none", "corda_config": None, "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None,
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "layer_replication": None,
+        "layers_pattern": None, "layers_to_transform": None, "loftq_config": {}, "lora_bias": False,
+        "megatron_config": None, "megatron_core": "megatron.core", "modules_to_save": None, "peft_version": "0.18.1",
+        "qalora_group_size": 16, "rank_pattern": {}, "revision": None, "target_parameters": None,
+        "task_type": "CAUSAL_LM", "trainable_token_indices": None, "use_dora": False, "use_qalora": False,
+        "use_rslora": False,
+    }  # fmt: skip
+    assert ra.load_adapter(edited_lora(lora_folder, tmp_path, **settings)).lora_config.rank == 4
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda t: {k: v for k, v in t.items() if k != Q0}, f"lacks 1 tensors, such as {Q0}"),
+        (lambda t: {k: v for k, v in t.items() if "layers.0" in k}, "lacks 4 tensors, such as .*layers.1"),
+        (lambda t: t | {Q0.replace("layers.0", "layers.9"): t[Q0]}, "has .*layers.9"),
+        (lambda t: t | {"base_model.model.lm_head.lora_A.weight": t[Q0]}, "has .*lm_head"),
+        (lambda t: t | {Q0.replace("weight", "bias"): t[Q0]}, "has .*bias"),
+        (lambda t: t | {Q0: t[Q0][:2].copy()}, f"{Q0} is float32 .2, 32., not floats .4, 32."),
+        (lambda t: t | {Q0: t[Q0].astype(np.int8)}, f"{Q0} is int8 .*, not floats"),
+        (lambda t: {"oth\ner": np.ones(2)}, r"has .oth.ner."),
+        (lambda t: {}, "holds no LoRA weights"),
+    ],
+)
+def test_lora_weights_that_do_not_fit_are_named(lora_folder, tmp_path, edit, words):
+    path = edited_lora(lora_folder, tmp_path)
+    edit_lora_tensors(path, edit)
+    with pytest.raises(ValueError, match=f"cannot use .*adapter_model.safetensors:? {words}") as error:
+        ra.load_adapter(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64"])
+def test_lora_weights_of_other_precisions(lora_folder, tmp_path, kind):
+    path = edited_lora(lora_folder, tmp_path)
+    edit_lora_tensors(path, lambda t: {k: np.asarray(jnp.asarray(v), kind) for k, v in t.items()})
+    loaded = ra.load_adapter(path)
+    assert {value.dtype for value in jax.tree.leaves(loaded.lora)} == {jnp.dtype("float32")}
+
+
+def test_pickled_lora_weights_are_not_read(lora_folder, tmp_path):
+    path = edited_lora(lora_folder, tmp_path)
+    (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="it has no adapter_model.safetensors"):
+        ra.load_adapter(path)
+
+
+def test_a_lora_folder_that_is_its_own_base_keeps_its_weights(folder, lora_folder, tmp_path):
+    """A folder with a whole model and LoRA weights that name it: the LoRA weights were ignored."""
+    path = damaged(folder, tmp_path)
+    tuned = with_random_b(ra.load_adapter(folder, ra.LoraConfig(4, 8.0)))
+    tuned.name = str(path)
+    tuned.save(path)
+    loaded = ra.load_adapter(path)
+    assert loaded.lora_config == tuned.lora_config
+    jax.tree.map(np.testing.assert_array_equal, loaded.lora, tuned.lora)
+
+
+def test_lora_weights_on_lora_weights_are_one_line(lora_folder, tmp_path):
+    path = edited_lora(lora_folder, tmp_path, base_model_name_or_path=str(lora_folder))
+    with pytest.raises(ValueError, match="its base model, .*, has no config.json"):
+        ra.load_adapter(path)
+
+
+def test_the_rank_of_a_run_is_the_folders(lora_folder, tmp_path, capsys):
+    """`--lora-rank 32` beside a folder of rank 4: config.json said 32, and rank 4 was trained."""
+    import rladapter_ppo as rl
+
+    flags = "--env-id Toy-v0 --num-envs 8 --num-steps 16 --num-minibatches 2 --adapter".split()
+    assert rl.cli([*flags, str(lora_folder), "--lora-rank", "32", "--run-dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --lora-rank: ") and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+# Whatever is in the files of a LoRA folder: it is read, or one line says why not
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.just(10**400)
+VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=9), v, max_size=3))
+LORA_SHAPES = {name: shape for name, shape in ra.param_shapes(SMALL).items() if name in ra.PROJECTIONS}
+LORA_TENSORS = list(hf_folder.lora_names(("q", "v"), 2))
+HEADERS = st.dictionaries(
+    st.sampled_from([*LORA_TENSORS, "__metadata__", "../x"]) | st.text(max_size=9),
+    st.fixed_dictionaries({
+        "dtype": st.sampled_from(["F32", "BF16", "F8_E4M3", "I64", "C64", "BOOL", "F4", "?"]) | VALUES,
+        "shape": st.sampled_from([[4, 32], [32, 4], [0], [2**62, 9], [-1]]) | VALUES,
+        "data_offsets": st.sampled_from([[0, 512], [512, 1024], [0, 2**63], [9, 3]]) | VALUES,
+    }) | VALUES,
+    max_size=5,
+)  # fmt: skip
+
+
+def noting(function, calls):
+    """A function that notes its first argument and does the same."""
+
+    def noted(first, *rest, **more):
+        calls.append(first)
+        return function(first, *rest, **more)
+
+    return noted
+
+
+def check_lora_files(config, weights):
+    """Reads a folder with these two files: factors come out, or one line; no other file is opened."""
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        path, opened = Path(name), []
+        (path / "adapter_config.json").write_bytes(config)
+        (path / "adapter_model.safetensors").write_bytes(weights)
+        for module, function in ((io, "open"), (safetensors.numpy, "safe_open")):
+            patch.setattr(module, function, noting(getattr(module, function), opened))
+        try:
+            settings, factors = hf_folder.read_lora(path, LORA_SHAPES)
+            assert len(factors) == 2 * len(ra.LoraConfig(**settings).targets)
+        except ValueError as error:
+            assert str(error).isprintable() and 0 < len(str(error)) < 600
+        assert opened and all(Path(file).parent == path for file in opened)
+
+
+def safetensors_bytes(header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.sampled_from(["r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "bias",
+                                        "init_lora_weights", "rank_pattern", "layers_to_transform"])
+                       | st.text(max_size=9), VALUES, max_size=4) | VALUES)  # fmt: skip
+def test_any_adapter_config(changes):
+    plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    settings = plain | changes if isinstance(changes, dict) else changes
+    tensors = {name: np.zeros((4, 32) if "lora_A" in name else (32 if ".q_" in name else 16, 4), np.float32)
+               for name in LORA_TENSORS}  # fmt: skip
+    check_lora_files(json.dumps(settings).encode(), safetensors.numpy.save(tensors))
+
+
+@settings(max_examples=60, deadline=None)
+@given(HEADERS | st.binary(max_size=40), st.sampled_from([b"", bytes(1024)]), st.none() | st.integers(0, 2**64 - 1))
+def test_any_safetensors_header(header, data, length):
+    check_lora_files(b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8}', safetensors_bytes(header, data, length))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.binary(max_size=60))
+def test_any_bytes_are_no_lora_folder(junk):
+    check_lora_files(junk, junk)
+    check_lora_files(b"[" * 100_000 + junk, junk)
 
 
 def test_a_hub_id_is_looked_up_in_the_hubs_cache_and_compiled_programs_are_kept(folder, tmp_path):

@@ -670,6 +670,10 @@ def test_http_reply_that_drips_is_bounded(server: HTTPServer):
         (b'{"choices": []}', "choice"), (b"", "JSON"), (b"not json", "JSON"), (b"[" * 100_000, "JSON"),
         (b"null", "choice"), (b"[1]", "choice"), (b'{"choices": {"0": 1}}', "choice"), (b'{"choices": [0]}', "choice"),
         (b'{"choices": [{"message": "x"}]}', "choice"), (b'{"choices": [{"message": {"content": ["x"]}}]}', "text"),
+        (b'{"choices": [{"message": {"content": {"text": "x"}}}]}', "text"), (b'{"choices": ["x"]}', "choice"),
+        (b'{"choices": [{"message": "x", "finish_reason": "length"}]}', "choice"),
+        (b'{"choices": [{"message": {}}]}', "choice"),
+        (json.dumps(chat([{"type": "text", "text": 7}])).encode(), "no known"),
         (b'{"error": "' + GOOD.replace('"', "'").encode() + b'"}', "choice"), (b'{"choices": "\xff\xfe"}', "UTF-8"),
         (json.dumps(chat(None)).encode(), "no known"), (json.dumps(chat("")).encode(), "no known"),
     ],
@@ -678,6 +682,80 @@ def test_http_nonsense_is_an_error(server: HTTPServer, body: bytes, said: str):
     server.expect_request(CHAT).respond_with_data(body, content_type="application/json")
     reply = ask(guide(server))
     assert said in reply.error and reply.calls == 1 and len(server.log) == 1
+
+
+PARTS = [
+    {"type": "thinking", "thinking": [{"type": "text", "text": "Sleep."}]}, {"type": "text", "text": GOOD[:20]},
+    {"type": "image_url", "image_url": {"url": "x"}}, {"type": "output_text", "text": GOOD[20:]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        json.dumps(chat([{"type": "text", "text": GOOD}])).encode(),
+        json.dumps(chat(PARTS)).encode(),
+        b"\xef\xbb\xbf" + json.dumps(chat(GOOD)).encode(),
+        b"\xef\xbb\xbf\n " + json.dumps(chat(PARTS)).encode() + b"\r\n",
+    ],
+)
+def test_http_other_ways_to_write_a_text(server: HTTPServer, body: bytes):
+    """Content in parts, as of Mistral's models; a byte order mark."""
+    server.expect_request(CHAT).respond_with_data(body, content_type="application/json")
+    client = guide(server)
+    client.check()
+    reply = ask(client)
+    assert (reply.text, reply.error, reply.calls) == (GOOD, "", 1)
+
+
+def cut_off(content: object, finish_reason: str | None = "length", **more: object) -> dict[str, object]:
+    answer = chat(content, prompt_tokens=900, completion_tokens=300)
+    answer["choices"][0]["finish_reason"] = finish_reason
+    answer["choices"][0]["message"] |= more
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("content", "more"),
+    [
+        (None, {"reasoning_content": "The player is thirsty, so"}),
+        ("", {"reasoning": "The player is thirsty, so"}),
+        (None, {}),  # the thoughts stay with the server
+        ("\n", {"reasoning_details": [{"text": "x"}]}),
+        ("<think>The player may chop tree, or", {}),
+        ([{"type": "thinking", "thinking": [{"type": "text", "text": "Sleep."}]}], {}),
+        ("no content at all", {"reasoning": "The player is thirsty, so"}),
+    ],
+)
+def test_http_a_reply_that_is_cut_off_in_its_thoughts_says_so(server: HTTPServer, content, more, capsys):
+    """It was "no known sub-goal in the reply", the check passed; a repair would be cut off, too."""
+    answer = cut_off(content, **more)
+    if content == "no content at all":
+        del answer["choices"][0]["message"]["content"]
+    server.expect_request(CHAT).respond_with_json(answer)
+    client = guide(server, structured="auto")
+    client.check()
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ") and warning.count("\n") == 1
+    reply = ask(client)
+    for said in (warning, reply.error):
+        assert "cut off" in said and "300 tokens" in said and "thinking" in said and "--llm-model" in said
+    assert (reply.calls, reply.prompt_tokens, reply.completion_tokens) == (1, 900, 300)
+    assert len(server.log) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "finish_reason", "said"),
+    [
+        (None, "stop", "no known sub-goal"), ("", None, "no known sub-goal"), ("Hm", "length", "no known sub-goal"),
+        (GOOD, "length", ""), ("<think>Hm.</think>" + GOOD, "length", ""), (GOOD[:40], "length", ""),
+        (None, ["length"], "no known sub-goal"),
+    ],
+)  # fmt: skip
+def test_http_other_endings_are_judged_by_the_text(server: HTTPServer, content, finish_reason, said):
+    server.expect_request(CHAT).respond_with_json(cut_off(content, finish_reason))
+    error = ask(guide(server)).error
+    assert said in error and bool(error) == bool(said)
 
 
 @pytest.mark.parametrize("usage", [None, [], {"prompt_tokens": "x"}, {"prompt_tokens": -1, "completion_tokens": 1e99}])
@@ -773,14 +851,32 @@ def test_key_is_sent_and_never_shown(server: HTTPServer, monkeypatch: pytest.Mon
 def test_key_is_needed_elsewhere_only(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="OPENAI_API_KEY"):
         HttpGuide(CRAFTER, "https://llm.example/v1", "m")
-    for host in ("127.0.0.1:1", "localhost", "[::1]:8000"):
-        HttpGuide(CRAFTER, f"http://{host}/v1", "m")
+    for host in ("10.0.0.1", "[::2]", "localhost.example", "127.example", "128.0.0.1", "0.0.0.1", "[::ffff:8.8.8.8]"):
+        with pytest.raises(ValueError, match="OPENAI_API_KEY"):
+            HttpGuide(CRAFTER, f"http://{host}/v1", "m")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     HttpGuide(CRAFTER, "https://llm.example/v1", "m")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\u00e9\n-x")
     with pytest.raises(ValueError, match="OPENAI_API_KEY") as raised:
         HttpGuide(CRAFTER, "https://llm.example/v1", "m")
     assert "sk-" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1:1", "localhost", "LOCALHOST:8000", "[::1]:8000", "0.0.0.0:8000", "[::]:8000", "127.8.9.1",
+     "127.255.255.254", "[::ffff:127.0.0.1]", "[0:0:0:0:0:0:0:1]", "localhost.", "box.localhost"],
+)  # fmt: skip
+def test_this_machine_needs_no_key(host: str):
+    """0.0.0.0 is what servers print as their own address."""
+    HttpGuide(CRAFTER, f"http://{host}/v1", "m")
+
+
+def test_the_address_that_a_server_prints_is_asked_without_a_proxy(server: HTTPServer):
+    server.expect_request(CHAT).respond_with_json(chat(GOOD))
+    client = HttpGuide(CRAFTER, f"http://0.0.0.0:{server.port}/v1", "tiny", timeout=5.0, retries=0)
+    client.check()
+    assert not ask(client).error
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Cache, budget, replay, structured replies, retries, batches, asynchronous asking, command lines."""
 
+import itertools
 import json
 import os
 import re
@@ -301,6 +302,44 @@ def test_an_answer_that_breaks_off_before_training_is_a_warning(server, capsys):
     assert capsys.readouterr().err.startswith("warning: ")
 
 
+def said_by(server: ChatServer) -> list[dict]:
+    """The messages of the newest request."""
+    return json.loads(server.last)["messages"]
+
+
+@pytest.mark.parametrize("mode", ["text", "auto", "json_schema"])
+@pytest.mark.parametrize("game", [TOY, CRAFTER], ids=lambda game: game.name)
+def test_the_check_sends_what_training_sends(server, game, mode):
+    """It sent one word without a system prompt, which servers take that refuse everything else."""
+    server.fault = structured
+    client = HttpGuide(game, server.url, "tiny", timeout=5.0, structured=mode)
+    client.check()
+    first, last = said_by(server)
+    assert ("response_format" in server.last) == (mode != "text")
+    assert first == {"role": "system", "content": system_prompt(game) + reply_form(game).note * (mode != "text")}
+    assert last["role"] == "user" and "\nPrevious sub-goals: " in last["content"] and "\nAnalysis: " in last["content"]
+    questions = batch(1, game=game, caption=CRAFTER_CAPTION if game is CRAFTER else CAPTION)
+    assert len(last["content"]) > len(questions[0].messages[1]["content"])
+
+
+REFUSED = {
+    "system messages": lambda h: '"system"' in h.body,
+    "long prompts": lambda h: len(h.body) > 700,
+}
+
+
+@pytest.mark.parametrize("mode", ["text", "auto", "json_schema"])
+@pytest.mark.parametrize("status", ["400 Bad Request", "422 Unprocessable Entity", "413 Content Too Large"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_server_that_refuses_what_training_sends_is_found_out_before(server, what, status, mode):
+    """The check passed, every question failed, and the run ended as if nothing were."""
+    forms = {"text": f"no {what}", "auto": {"message": f"no {what}"}, "json_schema": {"detail": f"no {what}"}}
+    server.fault = lambda h: h.send({"error": forms[mode]}, status) if REFUSED[what](h) else structured(h)
+    with pytest.raises(ValueError, match=f"--llm-model.*no {what}") as raised:
+        guide(server, structured=mode).check()
+    assert "\n" not in str(raised.value) and "context" in str(raised.value)
+
+
 def test_json_schema_insists(server):
     server.fault = refuses
     with pytest.raises(ValueError, match="--llm-structured auto"):
@@ -366,6 +405,141 @@ def test_an_answer_that_breaks_off_is_asked_again(server):
     server.fault = broken_once
     (reply,) = ask(guide(server), batch(1))
     assert not reply.error and server.requests == 2 and reply.calls == 1
+
+
+def first_of(share: int, fault):
+    """Does this to the first of so many requests, and answers the others."""
+    numbers = itertools.count()
+    return lambda h: good(h) if next(numbers) % share else fault(h)
+
+
+def late(h: Handler) -> bool:
+    """So late that the request is sent again."""
+    h.server.stopped.wait(1.6)
+    return False
+
+
+def busy(h: Handler) -> None:
+    h.send({}, "503 Service Unavailable")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Sends again at once."""
+    monkeypatch.setattr(llm_http, "retry_delay", lambda error, attempt: 0.01)
+
+
+def test_retries_and_timeouts_are_counted(server, impatient):
+    """17 of 61 requests timed out and were sent again, and nothing said so."""
+    server.fault = first_of(1000, late)
+    client = guide(server, timeout=1.0)
+    pause = client.ask(batch(1))
+    pause.wait()
+    assert pause.metrics()["llm/retries"] == pause.metrics()["llm/timeouts"] == 1
+    assert pause.metrics()["llm/failures"] == 0 and pause.metrics()["llm/calls"] == 1 and server.requests == 2
+    server.fault = first_of(1000, busy)
+    pause = client.ask(batch(3, 1))
+    pause.wait()
+    assert pause.metrics()["llm/retries"] == 1 and pause.metrics()["llm/timeouts"] == 0
+    pause = client.ask(batch(3, 2))
+    assert pause.wait() and pause.metrics()["llm/retries"] == pause.metrics()["llm/timeouts"] == 0
+
+
+def silent(h: Handler) -> bool:
+    h.server.stopped.wait(2)
+    return False
+
+
+def stalls(h: Handler) -> bool:
+    """Begins to answer, and says no more."""
+    h.send(b"{", length=100)
+    h.server.stopped.wait(2)
+    return False
+
+
+def trickles(h: Handler) -> bool:
+    h.send(b"", length=10_000)
+    while not h.server.stopped.wait(0.05):
+        h.request.sendall(b" ")
+    return False
+
+
+@pytest.mark.parametrize(
+    ("fault", "timeout", "deadline", "requests", "timeouts"),
+    [(silent, 0.2, 9, 2, 2), (stalls, 0.2, 9, 2, 2), (trickles, 0.2, 9, 1, 1), (silent, 5, 0.7, 1, 1)],
+    ids=["silent", "in mid-answer", "never ready", "the pause's deadline"],
+)  # fmt: skip
+def test_every_kind_of_time_out_is_one(server, impatient, fault, timeout, deadline, requests, timeouts):
+    server.fault = fault
+    pause = guide(server, timeout=timeout, retries=1, deadline=deadline).ask(batch(1))
+    pause.wait()
+    assert pause.metrics()["llm/failures"] == 1 and server.requests == requests
+    assert pause.metrics()["llm/timeouts"] == timeouts and pause.metrics()["llm/retries"] == requests - 1
+
+
+def test_one_warning_of_a_server_that_is_too_slow(server, impatient, capsys):
+    client = guide(server, timeout=1.0)
+    server.fault = first_of(16, late)  # one of fifteen questions, of sixteen requests
+    client.ask(batch(15)).wait()
+    assert not capsys.readouterr().err
+    server.fault = first_of(6, late)
+    client.ask(batch(5, 1)).wait()
+    err = capsys.readouterr().err
+    assert err.startswith("warning: 1 of 6 requests of a pause timed out; ") and err.count("\n") == 1
+    assert "--llm-concurrency" in err and "--llm-timeout" in err
+    pause = client.ask(batch(5, 2))
+    assert pause.wait() and pause.metrics()["llm/timeouts"] == 1 and not capsys.readouterr().err
+
+
+# ---- pauses in which everything fails
+
+
+def test_a_pause_in_which_all_questions_fail_says_so_once(server, capsys):
+    client = guide(server, retries=0)
+    no = {"error": {"message": f"no\nway \x1b[31m {KEY}"}}
+    server.fault = lambda h: h.send(no | {"id": h.server.requests}, "400 Bad Request")
+    client.ask(batch(3)).wait()
+    err = capsys.readouterr().err
+    assert err.startswith("warning: ") and err.count("\n") == 1 and "3 of 3 questions" in err and "\x1b" not in err
+    assert "BadRequestError: Error code: 400" in err and "no way" in err
+    client.ask(batch(3, 1)).wait()  # the same again
+    server.fault = lambda h: good(h) if "number 1" in h.body else h.send({}, "401 Unauthorized")
+    client.ask(batch(3, 2)).wait()  # one of three is answered
+    client.ask([]).wait()
+    assert not capsys.readouterr().err
+    server.fault = lambda h: h.send({}, "401 Unauthorized")
+    pause = client.ask(batch(2, 3), background=True)
+    assert pause.wait() and pause.wait()
+    assert capsys.readouterr().err.count("AuthenticationError") == 1
+    server.fault = lambda h: h.send(chat(f"No idea {h.server.requests}."))
+    for sample in (4, 5):
+        client.ask(batch(2, sample)).wait()
+    assert capsys.readouterr().err.count("no known sub-goal in the reply 'No idea") == 1
+
+
+def test_a_spent_budget_is_no_failure_to_warn_of(server, capsys):
+    client = guide(server, budget=Budget(max_calls=0))
+    client.ask(batch(3)).wait()
+    assert not capsys.readouterr().err
+    server.fault = lambda h: h.send({}, "401 Unauthorized")
+    client = guide(server, budget=Budget(max_calls=1), concurrency=1)
+    client.ask(batch(3)).wait()  # a call that failed is not charged, so all three are asked
+    assert "3 of 3 questions" in capsys.readouterr().err
+
+
+def test_a_training_whose_questions_all_fail_says_so(toy, server, capsys):
+    """Exit code 0, and nothing said: the run was one without guidance."""
+
+    def too_long_but_for_the_check(h: Handler) -> None:
+        h.send({"error": "too long"}, "400 Bad Request") if "You see: a " in h.body else good(h)
+
+    server.fault = too_long_but_for_the_check
+    folder = toy("a", *http(server))
+    err = capsys.readouterr().err
+    assert err.count("warning: ") == 1 and "too long" in err
+    metrics = lines(folder / "metrics.jsonl")
+    assert len(metrics) == 6 and all(m["llm/failures"] > 0 == m["guidance/valid_replies"] for m in metrics)
+    assert all(m["llm/retries"] == m["llm/timeouts"] == 0 for m in metrics)
 
 
 @pytest.mark.parametrize("said", ["Wed, 21 Oct 2065 07:28:00 GMT", "2", "", "soon", "-3", "nan", "inf"])
@@ -588,7 +762,7 @@ def test_the_client_checks_a_server(server, monkeypatch, capsys, behaviour, flag
     assert code == 0, err
     assert "chop tree" in out and "tokens" in out and "seconds" in out
     assert re.search(f"structured output.*{schema}", out) and KEY not in out + err
-    assert json.loads(server.last)["messages"][-1]["content"].startswith("hi" if flags else "Reply with one word")
+    assert said_by(server)[-1]["content"].startswith("hi" if flags else "You see: ")
 
 
 def test_a_free_prompt_is_answered_freely(server):
@@ -600,6 +774,11 @@ def test_a_free_prompt_is_answered_freely(server):
     assert done.returncode == 0, done.stderr
     assert "reply: Hello!\n" in done.stdout and "not asked for" in done.stdout and server.requests == 1
     assert json.loads(server.last)["messages"] == [{"role": "user", "content": "hi"}]
+
+
+def test_a_prompt_that_is_no_text_is_one_line(server, monkeypatch, capsys):
+    code, _, err = cli(monkeypatch, capsys, *command(server), "--prompt", "a\udcffb")
+    assert code == 2 and err.startswith("error: --prompt: ") and err.count("\n") == 1 and not server.requests
 
 
 def test_the_client_names_what_is_wrong(server, monkeypatch, capsys):
@@ -620,6 +799,22 @@ def test_the_documented_checks_parse():
     assert len(commands) == 3
     for words in commands:
         assert tyro.cli(llm_client.CheckArgs, args=shlex.split(words)).llm_model == "NAME"
+
+
+def test_the_client_says_that_a_model_thinks_too_long(server, monkeypatch, capsys):
+    answer = chat(None)
+    answer["choices"][0]["finish_reason"] = "length"
+    server.fault = lambda h: h.send(answer)
+    code, _, err = cli(monkeypatch, capsys, *command(server))
+    assert code == 2 and err.count("\n") == 1 and "cut off" in err and "--llm-model" in err
+
+
+@pytest.mark.parametrize("text", ['["a\u2028b\x85c"]', '"x"'])
+def test_replay_of_a_run_with_any_white_space_in_it(tmp_path, text):
+    (question,) = batch(1)
+    record = {"messages": question.messages, "reply": GOOD + text, "error": ""}
+    (tmp_path / "guidance.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert ask(ReplayGuide(TOY, tmp_path), [question])[0].text == GOOD + text
 
 
 def test_dry_run(tmp_path, capsys, monkeypatch):

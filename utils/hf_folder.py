@@ -10,6 +10,7 @@ of arrays under our names, those of the L layers stacked on a leading axis; whic
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -45,6 +46,18 @@ LAYER_TENSORS = {name: f"{module}.weight" for name, module in MODULES.items()} |
 OTHER_TENSORS = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
 TRANSPOSED = {*MODULES, "head"}  # torch keeps a dense layer's weight as (out, in); we as (in, out)
 
+# Settings in an adapter_config.json that are read here, and those that change nothing of weights that are trained.
+# All others change what LoRA computes, and so may those that PEFT does not have yet.
+PEFT_READ = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora")
+PEFT_WITHOUT_EFFECT = (
+    "target_modules", "exclude_modules", "layers_pattern",  # the tensors' names say it
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",  # of other settings
+    "task_type", "inference_mode", "auto_mapping", "peft_version", "megatron_core", "runtime_config",
+    "ensure_weight_tying",
+)  # fmt: skip
+# Other initialisations take away from the base what they put into the factors.
+PEFT_HARMLESS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal"), "revision": ("main",)}
+
 
 def import_transformers() -> Any:
     """Imports transformers late, as it takes two seconds, without its warning that there is no torch.
@@ -66,9 +79,12 @@ def import_transformers() -> Any:
 
 def find_folder(source: str | Path) -> Path:
     """Returns a model folder: a path, a path within this repository, or what a hub id (owner/name) downloads to."""
-    for folder in (Path(source).expanduser(), ROOT / source):
-        if folder.is_dir():
-            return folder
+    try:
+        for folder in (Path(source).expanduser(), ROOT / source):
+            if folder.is_dir():
+                return folder
+    except (OSError, RuntimeError):  # a name that is too long; the home of nobody
+        pass
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
         raise ValueError(f"there is no folder {source}; give a Hugging Face model folder or a hub id (owner/name)")
     from huggingface_hub import snapshot_download
@@ -79,18 +95,51 @@ def find_folder(source: str | Path) -> Path:
         raise ValueError(f"there is no folder {source}, nor can it be had from the hub: {first_line(error)}") from None
 
 
+def is_lora(folder: Path) -> bool:
+    """Does a folder hold LoRA weights?"""
+    return (folder / "adapter_config.json").is_file()
+
+
 def find_base(source: str | Path, folder: Path) -> tuple[Path, str]:
     """Returns the base model's folder, given what `find_folder` made of a source, and the base model's name.
 
     The folder itself, unless it holds LoRA weights. The name is what LoRA folders call their base: a path within this
     repository, a path, or a hub id.
     """
-    if (folder / "adapter_config.json").is_file():
-        name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        return find_folder(name), name
+    if is_lora(folder):
+        name = read_peft(folder).get("base_model_name_or_path")
+        if not isinstance(name, str) or not name or not name.isprintable():
+            problem = f"must name the base model, a folder or a hub id, not {brief(name)}"
+            raise ValueError(f'adapter_config.json: "base_model_name_or_path" {problem}')
+        base = find_folder(name)
+        if not (base / "config.json").is_file():
+            raise ValueError(f"its base model, {name}, has no config.json")
+        return base, name
     if folder.resolve().is_relative_to(ROOT):
         return folder, str(folder.resolve().relative_to(ROOT))
     return folder, str(folder.resolve()) if Path(source).expanduser().is_dir() else str(source)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file. Raises ValueError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} can't be read: {said(error)}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return value
+
+
+def said(error: BaseException) -> str:
+    """Returns what an exception says in one line, without what a file may have put there for a terminal."""
+    return "".join(c for c in first_line(error) if c.isprintable())
+
+
+def brief(value: Any) -> str:
+    """Returns a value of a JSON file as it stands there, in one short line."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # ----------------------------------------------------------------------------------------------------- a model folder
@@ -101,7 +150,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], list[int]]:
 
     Raises ValueError for architectures that `rladapter_adapter.Decoder` is not.
     """
-    hf = import_transformers().AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    # Without the last flag transformers asks at the terminal whether to run code from the folder.
+    settings = {"local_files_only": True, "trust_remote_code": False}
+    hf = import_transformers().AutoConfig.from_pretrained(str(folder), **settings)
     if hf.model_type not in MODEL_TYPES:
         raise ValueError(f"its model_type is {hf.model_type!r}, and only {', '.join(MODEL_TYPES)} are supported")
     if hf.hidden_act != "silu" or getattr(hf, "attention_bias", False) or getattr(hf, "mlp_bias", False):
@@ -121,27 +172,47 @@ def read_config(folder: Path) -> tuple[dict[str, Any], list[int]]:
     }
     ends = [hf.eos_token_id]
     if (folder / "generation_config.json").is_file():
-        ends.append(json.loads((folder / "generation_config.json").read_text()).get("eos_token_id"))
+        ends.append(read_json(folder / "generation_config.json").get("eos_token_id"))
     ends = [end for some in ends for end in (some if isinstance(some, list) else [some])]
     return shape, [end for end in ends if end is not None]
 
 
 def read_tokenizer(folder: Path) -> Any:
     """Returns the tokenizer of transformers."""
-    return import_transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    settings = {"local_files_only": True, "trust_remote_code": False}
+    return import_transformers().AutoTokenizer.from_pretrained(str(folder), **settings)
 
 
 class Chat:
-    """Makes tokens of prompts, with a system prompt ("": none) and the tokenizer's chat template."""
+    """Makes tokens of prompts, with a system prompt ("": none) and the tokenizer's chat template.
+
+    A template that refuses the system role gets the system prompt at the beginning of the user turn. Raises ValueError
+    for one that refuses that, too.
+    """
 
     def __init__(self, tokenizer: Any, system_prompt: str, use_template: bool = True) -> None:
         self.tokenizer, self.system_prompt, self.use_template = tokenizer, system_prompt, use_template
         self.num_cut = 0  # prompts that were too long
+        self.takes_system = True
+        try:
+            self.tokens("Hi")
+        except Exception:  # a template is a program: most refuse with raise_exception, but it may fail in any way
+            self.takes_system = False
+            try:
+                self.tokens("Hi")
+            except Exception as error:
+                raise ValueError(f"its chat template does not work: {said(error)}") from None
+
+    def turns(self, prompt: str) -> list[dict[str, str]]:
+        """Returns the messages of a chat: the system prompt and a user turn."""
+        if self.system_prompt and not self.takes_system:
+            prompt = f"{self.system_prompt}\n\n{prompt}"
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt and self.takes_system else []
+        return [*system, {"role": "user", "content": prompt}]
 
     def tokens(self, prompt: str) -> list[int]:
         """Returns the tokens of a user turn up to where the answer starts, the system prompt first."""
-        turns = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-        turns += [{"role": "user", "content": prompt}]
+        turns = self.turns(prompt)
         if not self.use_template or self.tokenizer.chat_template is None:  # plain text, as base models know it
             return self.tokenizer.encode("\n\n".join(turn["content"] for turn in turns))
         settings = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
@@ -149,7 +220,10 @@ class Chat:
         return self.tokenizer.encode(text, add_special_tokens=False)  # the template has added them
 
     def encode(self, prompt: str, room: int) -> list[int]:
-        """Returns at most `room` tokens: a long prompt loses its beginning, never its last line."""
+        """Returns at most `room` tokens: a long prompt loses its beginning, never its last line.
+
+        Raises ValueError where not even that line has room.
+        """
         tokens = self.tokens(prompt)
         if len(tokens) <= room:
             return tokens
@@ -160,7 +234,11 @@ class Chat:
             content = content[len(tokens) - room :]
             rest = self.tokenizer.decode(content, clean_up_tokenization_spaces=False)
             if not content or not rest.endswith(last_line):
-                raise ValueError(f"the context has no room for the instruction: {room} tokens beside the answer's")
+                tokens = self.tokens(last_line)
+                if not last_line or len(tokens) > room:
+                    found = f"{room} tokens beside the answer's; choose a model with a longer context"
+                    raise ValueError(f"no room for the prompt's last line: {found}")
+                return tokens
             tokens = self.tokens(rest)
         return tokens
 
@@ -178,11 +256,14 @@ def tensor_names(shapes: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """Returns the safetensors files of a model folder, one or several (shards)."""
-    index = folder / "model.safetensors.index.json"
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+        places = read_json(index).get("weight_map")
+        names = list(places.values()) if isinstance(places, dict) else []
+        plain = (isinstance(name, str) and name == Path(name).name and name not in ("", "..") for name in names)
+        if not names or not all(plain):
+            raise ValueError(f"{index.name} must name files of its own folder (in weight_map)")
+        names = sorted(set(names))
     for name in names:
         if not (folder / name).is_file():
             raise ValueError(f"it has no {name}; a complete Hugging Face model folder is needed")
@@ -256,32 +337,73 @@ def lora_names(targets: tuple[str, ...], num_layers: int) -> dict[str, tuple[str
     }  # fmt: skip
 
 
-def read_lora(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """Returns settings, as `rladapter_adapter.LoraConfig(**settings)` takes them, and factors A (L, in, rank) and B
-    (L, rank, out). Raises ValueError for what does not fit the base model, whose `shapes` are given."""
+def read_peft(folder: Path) -> dict[str, Any]:
+    """Returns the adapter_config.json. Raises ValueError that names a setting which is not supported."""
+    peft = read_json(folder / "adapter_config.json")
+    if peft.get("peft_type") != "LORA":
+        raise ValueError(f'adapter_config.json: "peft_type" must be "LORA", not {brief(peft.get("peft_type"))}')
+    for name, value in peft.items():
+        if value and name not in (*PEFT_READ, *PEFT_WITHOUT_EFFECT) and value not in PEFT_HARMLESS.get(name, ()):
+            other = name == "init_lora_weights"
+            why = "so its weights may belong to a changed base" if other else "which is not supported"
+            way = "merge the LoRA into its base with PEFT (merge_and_unload), and give that folder"
+            raise ValueError(f"adapter_config.json: {brief(name)} is {brief(value)}, {why}; {way}")
+    return peft
+
+
+def lora_settings(peft: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns rank, alpha and dropout of an adapter_config.json."""
+    rank, alpha, dropout = peft.get("r"), peft.get("lora_alpha"), peft.get("lora_dropout", 0.0)
+    fits = {
+        "r": type(rank) is int and 1 <= rank <= 2**16,
+        "lora_alpha": type(alpha) in (int, float) and abs(alpha) < 1e9,
+        "lora_dropout": type(dropout) in (int, float) and 0 <= dropout < 1,
+    }
+    for name in (name for name, fit in fits.items() if not fit):
+        raise ValueError(f'adapter_config.json: "{name}" is {brief(peft.get(name))}, which LoRA can\'t have')
+    if peft.get("use_rslora"):  # its scale is alpha / sqrt(rank) (arXiv 2312.03732), ours alpha / rank
+        alpha *= math.sqrt(rank)
+    return {"rank": rank, "alpha": alpha, "dropout": dropout}
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Returns all that is in a safetensors file. Raises ValueError that names the file."""
     from safetensors.numpy import load_file
 
-    peft = json.loads((folder / "adapter_config.json").read_text())
-    modules = {module.split(".")[1]: ours for ours, module in MODULES.items()}
-    if peft.get("peft_type") != "LORA" or not set(peft["target_modules"]) <= set(modules) or peft.get("use_dora"):
-        raise ValueError("only plain LoRA on attention and MLP projections is supported")
-    targets = tuple(ours for module, ours in modules.items() if module in peft["target_modules"])
-    rank = peft["r"]
-    settings = {"rank": rank, "alpha": peft["lora_alpha"], "dropout": peft["lora_dropout"], "targets": targets}
-    factors = {}
-    for target in targets:
-        num, inputs, outputs = shapes[target]
-        factors[f"{target}_a"] = np.empty((num, inputs, rank), np.float32)
-        factors[f"{target}_b"] = np.empty((num, rank, outputs), np.float32)
-    tensors, names = load_file(str(folder / "adapter_model.safetensors")), lora_names(targets, shapes["q"][0])
-    if set(names) != set(tensors):
-        odd = min(set(names) ^ set(tensors))
-        raise ValueError(f"adapter_model.safetensors does not fit the base model: {odd} is missing or unknown")
-    for theirs, (ours, layer) in names.items():
-        if tensors[theirs].T.shape != factors[ours][layer].shape:
-            raise ValueError(f"{theirs} is {tensors[theirs].shape}, which does not fit the base model")
-        factors[ours][layer] = tensors[theirs].T
-    return settings, {name: jnp.asarray(value) for name, value in factors.items()}
+    if not path.is_file():
+        raise ValueError(f"it has no {path.name}; weights in other formats are not read")
+    try:
+        return load_file(str(path))
+    except Exception as error:  # safetensors' own for damage, others for types that numpy does not have
+        raise ValueError(f"{path.name} can't be read: {said(error)}") from None
+
+
+def read_lora(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """Returns settings, as `rladapter_adapter.LoraConfig(**settings)` takes them, and factors A (L, in, rank) and B
+    (L, rank, out). The tensors' names say which matrices have factors: `target_modules` may be a pattern.
+
+    Raises ValueError for what does not fit the base model, whose `shapes` are given.
+    """
+    settings, tensors = lora_settings(read_peft(folder)), read_tensors(folder / "adapter_model.safetensors")
+    places, rank = lora_names(tuple(MODULES), shapes["q"][0]), settings["rank"]
+    if odd := sorted(set(tensors) - set(places)):
+        raise ValueError(f"adapter_model.safetensors has {brief(odd[0])}, which has no place in its base model")
+    present = {places[theirs][0].removesuffix("_a").removesuffix("_b") for theirs in tensors}
+    targets = tuple(target for target in MODULES if target in present)
+    names = lora_names(targets, shapes["q"][0])
+    if missing := sorted(set(names) - set(tensors)):
+        raise ValueError(f"adapter_model.safetensors lacks {len(missing)} tensors, such as {missing[0]}")
+    if not targets:
+        raise ValueError("adapter_model.safetensors holds no LoRA weights")
+    factors: dict[str, list[np.ndarray]] = {}
+    for theirs, (ours, _) in names.items():  # layer by layer
+        value, (_, inputs, outputs) = tensors[theirs], shapes[ours[:-2]]
+        shape = (rank, inputs) if ours.endswith("_a") else (outputs, rank)
+        if value.shape != shape or not jnp.issubdtype(value.dtype, jnp.floating):
+            found = f"{value.dtype} {value.shape}"
+            raise ValueError(f"adapter_model.safetensors: {theirs} is {found}, not floats {shape}")
+        factors.setdefault(ours, []).append(np.asarray(value, np.float32).T)
+    return settings | {"targets": targets}, {name: jnp.asarray(np.stack(layers)) for name, layers in factors.items()}
 
 
 def write_lora(folder: Path, settings: Mapping[str, Any], factors: Mapping[str, Any], base_name: str) -> None:

@@ -7,6 +7,7 @@ chats of a run take. Nothing in here knows what is asked: `llm_client` does.
 
 import asyncio
 import email.utils
+import ipaddress
 import json
 import math
 import os
@@ -19,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 MAX_TOKENS = 300  # of a reply: the JSON object asked for has about 100
 MAX_REPLY = 20_000  # characters of a reply that are looked at
 MAX_BODY = 4_000_000  # bytes of an HTTP body that are read: no server fills the memory
@@ -94,6 +94,9 @@ class Budget:
 class Spending:
     """What one question has taken so far."""
 
+    requests: int = 0  # all that were sent, those without an answer among them
+    retries: int = 0  # those that were sent again, as the one before had failed
+    timeouts: int = 0  # those that were given up, as the server had said nothing for too long
     calls: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -111,6 +114,10 @@ def estimate_tokens(messages: Messages) -> int:
 
 class NotReady(ValueError):
     """A server that may answer later."""
+
+
+class CutOff(ValueError):
+    """A reply that has no answer yet where its tokens end."""
 
 
 @dataclass(frozen=True)
@@ -173,13 +180,16 @@ class Chat:
         budget.reserve(worst)
         calls = cost = 0
         try:
-            body = await self._post(client, messages, retries)
+            body = await self._post(client, messages, spent, retries)
             calls, cost = 1, worst  # the price of an answer that does not say how long it is
-            text, prompt, completion = read_completion(body)
+            text, prompt, completion, cut_off = read_completion(body)
             if prompt or completion:
                 cost = budget.price(prompt, completion)
             spent.prompt_tokens += prompt
             spent.completion_tokens += completion
+            if cut_off and not answer_of(text).strip():
+                way = "choose a --llm-model that does not think, or tell its server to switch that off"
+                raise CutOff(f"the reply was cut off after {MAX_TOKENS} tokens, while the model was thinking: {way}")
         finally:
             spent.calls += calls
             spent.cost += cost
@@ -187,20 +197,23 @@ class Chat:
         return self._redact(text)[:MAX_REPLY]  # in this order: half a key would not be found
 
     def check(self, messages: Messages) -> None:
-        """`try_out` before training: warns on stderr where the server may answer later."""
+        """`try_out` before training: warns on stderr where other questions may be answered."""
         try:
             self.try_out(messages)
-        except NotReady as error:
+        except (NotReady, CutOff) as error:
             print(f"warning: {error}; training starts all the same", file=sys.stderr)
 
     def try_out(self, messages: Messages) -> tuple[str, Spending]:
         """Returns the answer to one chat, asked without retries, and what it took.
 
-        Raises ValueError, one line that names the flag to look at; NotReady where the same may go well later.
+        Raises ValueError, one line that names the flag to look at; NotReady where the same may go well later; CutOff
+        where another answer may be shorter.
         """
         openai, where = self._openai, f"the LLM server at {self.base_url}"
         try:
             return asyncio.run(self._probe(messages))
+        except CutOff as error:
+            raise CutOff(f"{where} answers, but {error}") from None
         except Exception as error:
             status = getattr(error, "status_code", 0)
             hint = "--llm-base-url (/v1 at the end?), --llm-model"
@@ -209,6 +222,11 @@ class Chat:
                 raise NotReady(f"{where} is not ready: {self.said(error)}") from None
             if status in (401, 403):
                 hint = "OPENAI_API_KEY"
+            elif status in (400, 413, 422):
+                roles, tokens = " and ".join(message["role"] for message in messages), estimate_tokens(messages)
+                sent = f"{roles} messages of some {tokens} tokens (its chat template, its context)"
+                hint = f"that --llm-model takes {sent}, --llm-base-url"
+                hint += ", or use --llm-structured auto" if self.structured == "json_schema" else ""
             elif isinstance(error, openai.APIConnectionError):
                 hint = "--llm-base-url, and that the server runs"
             elif self.structured == "json_schema":
@@ -237,17 +255,17 @@ class Chat:
         spent.seconds = time.perf_counter() - start
         return text, spent
 
-    async def _post(self, client: Any, messages: Messages, retries: int) -> bytes:
+    async def _post(self, client: Any, messages: Messages, spent: Spending, retries: int) -> bytes:
         """Returns the body of the answer to one request, asked again without what the server refused to take."""
         known = dialect = self._dialect
         while True:
             try:
-                body = await self._send_patiently(client, messages, dialect, retries)
+                body = await self._send_patiently(client, messages, dialect, spent, retries)
                 if dialect != known:
                     self._dialect = dialect
                 return body
             except (self._openai.BadRequestError, self._openai.UnprocessableEntityError) as error:
-                refused, dialect = dialect, self._simpler(dialect, str(error))
+                refused, dialect = dialect, self._simpler(dialect, described(error))
                 if dialect == refused:
                     raise
 
@@ -258,7 +276,9 @@ class Chat:
             return "max_completion_tokens", schema
         return limit, schema and self.structured != "auto"
 
-    async def _send_patiently(self, client: Any, messages: Messages, dialect: tuple[str, bool], retries: int) -> bytes:
+    async def _send_patiently(
+        self, client: Any, messages: Messages, dialect: tuple[str, bool], spent: Spending, retries: int
+    ) -> bytes:
         """`_send` with retries. Not the SDK's: they miss an answer that breaks off, and a wait that is longer than the
         time that is left would end as a time-out, without the reason."""
         clock = asyncio.get_running_loop().time
@@ -266,9 +286,14 @@ class Chat:
         async with asyncio.timeout_at(until):
             attempt = 0
             while True:
+                spent.requests, spent.retries = spent.requests + 1, spent.retries + (attempt > 0)
                 try:
                     return await self._send(client, messages, *dialect)
-                except (self._openai.APIError, ConnectionError) as error:
+                except asyncio.CancelledError:  # the time is over, of this question or of the pause
+                    spent.timeouts += 1
+                    raise
+                except (self._openai.APIError, ConnectionError, TimeoutError) as error:
+                    spent.timeouts += isinstance(error, self._openai.APITimeoutError | TimeoutError)
                     status = getattr(error, "status_code", 503)  # none: the connection failed
                     wait = retry_delay(error, attempt)
                     if attempt >= retries or clock() + wait >= until or not is_transient(status):
@@ -293,7 +318,8 @@ class Chat:
                 except StopAsyncIteration:
                     return bytes(body)
                 except Exception as error:  # the SDK does not wrap what its transport raises here
-                    raise ConnectionError(f"the answer broke off: {error}") from None
+                    kind = TimeoutError if "Timeout" in type(error).__name__ else ConnectionError
+                    raise kind(f"the answer broke off: {error}") from None
         raise ValueError(f"the reply is longer than {MAX_BODY} bytes")
 
     def _redact(self, text: str) -> str:
@@ -301,9 +327,28 @@ class Chat:
 
     def said(self, error: BaseException) -> str:
         """An exception in one line, never empty, never with the key: redacted after cleaning, before the cut."""
-        cause = f" ({error.__cause__})" if error.__cause__ is not None and str(error.__cause__) else ""
-        message = "time-out" if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}{cause}"
+        message = "time-out" if isinstance(error, TimeoutError) else described(error)
         return self._redact(clean(message, MAX_REPLY))[:MAX_ERROR]
+
+
+def described(error: BaseException) -> str:
+    """What an exception says, with its cause, and with what the server said of it: the SDK quotes one form only."""
+    cause = f" ({error.__cause__})" if error.__cause__ is not None and str(error.__cause__) else ""
+    body = getattr(error, "body", None)
+    quoted = body is None or (isinstance(body, dict) and isinstance(body.get("message"), str))
+    return f"{type(error).__name__}: {error}{cause}" + ("" if quoted else f" - {error.response.text}")
+
+
+def is_this_machine(host: str) -> bool:
+    """Does a host's name or address mean the machine that we run on? 0.0.0.0 does, where a client asks for it."""
+    if host.rstrip(".").rpartition(".")[2] == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
 
 
 def check_server(base_url: str) -> tuple[str, bool]:
@@ -320,7 +365,7 @@ def check_server(base_url: str) -> tuple[str, bool]:
     if not usable:
         form = "like http://127.0.0.1:8000/v1, without user, password or query"
         raise ValueError(f"--llm-base-url must look {form}")
-    key, local = os.environ.get("OPENAI_API_KEY", "").strip(), url.hostname in LOCAL_HOSTS
+    key, local = os.environ.get("OPENAI_API_KEY", "").strip(), is_this_machine(url.hostname)
     if key and not (key.isascii() and key.isprintable()):
         raise ValueError("OPENAI_API_KEY holds characters that no key has: set it again")
     if not key and not local:
@@ -329,22 +374,42 @@ def check_server(base_url: str) -> tuple[str, bool]:
     return key or "none", local
 
 
-def read_completion(body: bytes) -> tuple[str, int, int]:
-    """Returns (text, prompt tokens, completion tokens) of a chat completion. Raises ValueError for anything else."""
+def answer_of(text: str) -> str:
+    """Returns a reply without what a reasoning model writes between <think> and </think>."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def text_of(content: Any) -> str:
+    """Returns the text of a message, whose content may be a list of parts, thoughts among them. Raises ValueError."""
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        texts = [part.get("text") for part in content if part.get("type") in ("text", "output_text")]
+        return "".join(text for text in texts if isinstance(text, str))
+    if content is not None and not isinstance(content, str):
+        raise ValueError("the content is not text")
+    return content or ""
+
+
+def read_completion(body: bytes) -> tuple[str, int, int, bool]:
+    """Returns (text, prompt tokens, completion tokens, whether the text was cut off) of a chat completion.
+
+    Raises ValueError for anything else.
+    """
     try:
-        answer = json.loads(body.decode("utf-8"))
-        text = answer["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
+        answer = json.loads(body.decode("utf-8-sig"))  # a byte order mark may come first
+        choice = answer["choices"][0]
+        cut_off = choice.get("finish_reason") == "length"
+        message = {"content": None} | choice["message"] if cut_off else choice["message"]
+        content = message["content"]
+    except (KeyError, IndexError, TypeError, AttributeError):
         raise ValueError("the body is not a chat completion with at least one choice") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the body is not {'UTF-8' if isinstance(error, UnicodeError) else 'JSON'}") from None
-    if text is not None and not isinstance(text, str):
-        raise ValueError("the content is not text")
+    text = text_of(content)
     usage = answer.get("usage")
     names = ("prompt_tokens", "completion_tokens")
     counts = [usage.get(name) for name in names] if isinstance(usage, dict) else [0, 0]
     prompt, completion = (n if type(n) is int and 0 <= n < 10**9 else 0 for n in counts)
-    return text or "", prompt, completion
+    return text, prompt, completion, cut_off
 
 
 def is_transient(status: int) -> bool:

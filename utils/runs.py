@@ -30,7 +30,9 @@ MAX_FAILED = 3  # updates in a row whose gradients are no numbers
 EXIT_DIVERGED = 1
 Situations = dict[str, np.ndarray]  # obs (M, O) uint8, facts (M, P) bool
 # Metrics that a run adds up over all its sessions: llm/calls is llm_calls in its totals and in summary.json
-TOTALS = ("calls", "cache_hits", "failures", "skipped", "prompt_tokens", "completion_tokens", "cost")
+TOTALS = (
+    "calls", "cache_hits", "failures", "skipped", "retries", "timeouts", "prompt_tokens", "completion_tokens", "cost"
+)  # fmt: skip
 
 # Flags that summary.json repeats
 SUMMARY_FLAGS = (
@@ -291,7 +293,7 @@ class Run:
     def add(self, **values: Any) -> None:
         """Adds to the totals, which are saved with each checkpoint."""
         for name, value in values.items():
-            self.totals[name] = self.totals[name] + value
+            self.totals[name] = self.totals.get(name, 0) + value  # a checkpoint may be older than a total
 
     def append(self, name: str, lines: list[dict[str, Any]]) -> None:
         """Appends lines of this phase to a .jsonl file."""

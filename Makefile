@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: train test clean
+.PHONY: train test test-lowest test-newest clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/runtime
@@ -12,6 +12,18 @@ train: $(VENV)/runtime
 test: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(RUN) -m pytest -q -n 2 --dist loadfile
+
+# The same in an environment of its own, with the lowest versions that requirements.txt allows, and with the newest.
+# Another Python: make test-newest PYTHON=python3.13
+test-lowest:
+	sed -E 's/ *#.*//; s/>=([0-9.]+).*/==\1/' requirements.txt > $(VENV)-lowest.txt
+	PIP_CONSTRAINT=$(abspath $(VENV)-lowest.txt) $(MAKE) test VENV=$(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip check
+
+test-newest:
+	rm -rf $(VENV)-newest
+	$(MAKE) test VENV=$(VENV)-newest
+	$(VENV)-newest/bin/python -m pip check
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -27,4 +39,4 @@ $(VENV)/dev: requirements-dev.txt requirements.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/runtime
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-lowest.txt $(VENV)-newest

@@ -43,7 +43,6 @@ from utils import devices, film, published, report, run_folder, runs, terminal
 from utils.cli import BigInt, check_ranges, exit_code
 from utils.compilation import use_compilation_cache
 
-ORIGINAL = "Crafter"
 SHOWN = 10_000  # steps that a film or --play looks for whole episodes in, at most
 
 
@@ -64,7 +63,7 @@ class EvalArgs:
     guidance: Literal["run", "none"] = "run"
     """run: as the run was trained; none: its advice is withheld"""
     env_id: str | None = None
-    """play in another env of the same game: Crafter is the original one. Default the run's own"""
+    """play in the original of the run's game, which is not made of JAX: Crafter. Default the run's own env"""
     pauses: int = 0
     """pauses, each after a phase of play, in which adapter and guide are asked for more advice before it is frozen"""
     video: int = 0
@@ -122,6 +121,10 @@ def load(folder: Path, given: EvalArgs) -> Trained:
         eval_episodes=max(given.episodes, 1), seed=given.seed, llm=given.llm,
     )  # fmt: skip
     env = devices.SharedEnv(make_env(args.env_id, args.num_envs))
+    original = getattr(env.env, "ORIGINAL", None)
+    if given.env_id not in (None, original):
+        choice = f"choose {original}, or leave it out" if original else "leave it out"
+        raise ValueError(f"--env-id: {given.env_id!r} is not the original of {args.env_id}; {choice}")
     phase, saved, extra = run_folder.read_checkpoint(folder, given.checkpoint)
     table = HostTable(args.table, env)
     try:
@@ -198,7 +201,7 @@ def evaluate(trained: Trained, given: EvalArgs, console: Console) -> dict[str, A
         task = progress.add_task(f"playing {trained.folder.name}", total=None)
         update = functools.partial(show, progress, task)
         args, agent = trained.args, trained.agent
-        if given.env_id == ORIGINAL:
+        if given.env_id:
             result = evaluate_original(trained, given, update)
         else:
             result = rl.evaluate(args, agent, trained.params, trained.frozen, key, update, watch)
@@ -223,7 +226,7 @@ def by_name(env: Any, watched: dict[str, np.ndarray], episodes: int) -> dict[str
 
 
 def evaluate_original(trained: Trained, given: EvalArgs, update: Any) -> dict[str, Any]:
-    """Plays whole episodes of the original Crafter, on the host. Returns what `rladapter_ppo.evaluate` does."""
+    """Plays whole episodes of the original game, on the host. Returns what `rladapter_ppo.evaluate` does."""
     games, agent = original_games(trained, given.num_envs, given.seed)
     tally = Tally(agent.env.game, given.num_envs, trained.args.eval_episodes)
     earned, lasted = np.zeros(given.num_envs), np.zeros(given.num_envs)
@@ -239,13 +242,10 @@ def evaluate_original(trained: Trained, given: EvalArgs, update: Any) -> dict[st
 
 
 def original_games(trained: Trained, num_envs: int, seed: int) -> tuple[Any, rl.Agent]:
-    """Makes games of the original Crafter, and the agent that plays what they show."""
-    from envs.crafter.original import OriginalCrafter  # late: it is another package
-
-    if trained.agent.env.game.name != "crafter":
-        raise ValueError(f"--env-id {ORIGINAL}: {trained.folder} plays {trained.args.env_id}, which is another game")
-    shown = devices.SharedEnv(Shown(trained.agent.env.env))
-    return OriginalCrafter(num_envs, seed), dataclasses.replace(trained.agent, env=shown)
+    """Makes games of the original, and the agent that plays what they show."""
+    env = trained.agent.env.env
+    shown = devices.SharedEnv(Shown(env))
+    return env.original(num_envs, seed), dataclasses.replace(trained.agent, env=shown)
 
 
 @dataclass(frozen=True)
@@ -537,10 +537,8 @@ def check(given: EvalArgs) -> None:
     check_ranges(given.llm, llm_client.LIMITS)
     if not given.runs:
         raise ValueError("runs: name the folder of a run, for example runs/my-run")
-    if given.env_id not in (None, ORIGINAL):
-        raise ValueError(f"--env-id: {given.env_id!r} is unknown; {ORIGINAL}, the original game, or none at all")
     if given.env_id and (given.video or given.play):
-        raise ValueError(f"--env-id {ORIGINAL}: films and --play are of the run's own env; leave one of them out")
+        raise ValueError(f"--env-id {given.env_id}: films and --play are of the run's own env; leave one of them out")
 
 
 def read_args(argv: list[str]) -> EvalArgs:

@@ -75,6 +75,7 @@ def empty_rows(num_rows: int, obs_size: int, game: Game) -> SimpleNamespace:
         obs=np.zeros((num_rows, obs_size), np.uint8),  # the situation that was asked about
         situation=np.zeros(facts, bool),  # its facts
         care=np.zeros(facts, bool),  # the facts that the advice rests on
+        truth=np.zeros(facts, bool),  # which of these must be true; the others false
         valid=np.zeros(num_rows, bool),  # False for an empty row
         goal=np.zeros(num_rows, np.int32),  # the advised sub-goal
         advice_id=np.zeros(num_rows, np.int64),  # tells advice from the next one in this row
@@ -112,6 +113,7 @@ class HostTable:
         self.rows = empty_rows(args.guidance_rows, env.obs_size, self.game)
         self.asked = np.zeros((MAX_ASKED, len(self.game.facts)), bool)  # situations, a ring
         self.num_asked = 0
+        self.stated = self.holding = 0  # rules since `metrics` last told: all, and those that held where asked
         self.analyses: list[Analysis] = []  # the latest MAX_ANALYSES
 
     # ---- for the device
@@ -132,8 +134,8 @@ class HostTable:
     def _on_device(self, show_probability: np.ndarray, on_trial: Sequence[int] = ()) -> GuidanceTable:
         rows = self.rows
         on_trial = [*on_trial, *[len(rows.valid)] * (trials.AT_ONCE - len(on_trial))]
-        sign = np.where(rows.care, 1.0 - 2.0 * rows.situation, 0.0)
-        offset = (rows.care & rows.situation).sum(1) + NEVER * ~rows.valid
+        sign = np.where(rows.care, 1.0 - 2.0 * rows.truth, 0.0)
+        offset = (rows.care & rows.truth).sum(1) + NEVER * ~rows.valid
         return GuidanceTable(
             weights=jnp.asarray(sign.T, jnp.float32),
             offset=jnp.asarray(offset, jnp.float32),
@@ -149,7 +151,7 @@ class HostTable:
 
     def fits(self, facts: np.ndarray) -> np.ndarray:
         """Finds the rows whose reasons hold: (M, P) -> (M, K)."""
-        wrong = (facts[:, None] != self.rows.situation) & self.rows.care
+        wrong = (facts[:, None] != self.rows.truth) & self.rows.care
         return self.rows.valid & (wrong.sum(-1) <= TOLERANCE)
 
     def choose_questions(self, env: Any, situations: dict[str, np.ndarray]) -> list[Question]:
@@ -199,10 +201,15 @@ class HostTable:
                 self.analyses = [*self.analyses, analysis][-MAX_ANALYSES:]
 
     def _write(self, question: Question) -> None:
-        """Writes each sub-goal of an answer into a row of its own, unless a row says so already."""
+        """Writes each sub-goal of an answer into a row of its own, unless a row says so already.
+
+        Advice is a rule: it is kept as it was stated, also where its reasons do not hold in the situation asked about.
+        """
         for goal, reasons in question.advice:
-            care = self._facts_cared_about(question.situation, reasons)
-            row = self._row_with(goal, care, question.situation)
+            care, truth = self._rule(goal, reasons)
+            self.stated += 1
+            self.holding += not (care & (truth != question.situation)).any()
+            row = self._row_with(goal, care, truth)
             if row is None:
                 row = self._least_used_row(taken=list(question.rows.values()))
                 if row is None:
@@ -212,7 +219,7 @@ class HostTable:
                     array[row] = 0
                 self.rows.before[:, row] = 0
                 self.rows.obs[row], self.rows.situation[row] = question.obs, question.situation
-                self.rows.care[row], self.rows.goal[row] = care, goal
+                self.rows.care[row], self.rows.truth[row], self.rows.goal[row] = care, truth, goal
                 self.rows.valid[row], self.rows.advice_id[row] = True, advice_id
             self.rows.before[list(question.rows.values()), row] += 1
             question.rows[goal] = row
@@ -220,19 +227,25 @@ class HostTable:
 
     def reasons_text(self, row: int) -> list[str]:
         """Returns what a row's advice rests on, in words."""
-        return self.game.reasons_text(self.rows.care[row], self.rows.situation[row])
+        return self.game.reasons_text(self.rows.care[row], self.rows.truth[row])
 
-    def _facts_cared_about(self, situation: np.ndarray, reasons: Literals) -> np.ndarray:
-        """Drops reasons that do not hold in the situation (P,). With none left all facts count."""
-        care = np.zeros(len(situation), bool)
-        care[[index for index, truth in reasons if situation[index] == truth] or slice(None)] = True
-        return care
+    def _rule(self, goal: int, reasons: Literals) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what advice rests on: facts that count (P,), and which of them must be true (P,).
 
-    def _row_with(self, goal: int, care: np.ndarray, situation: np.ndarray) -> int | None:
+        Advice without reasons rests on what the game says its sub-goal needs; on nothing, if that is nothing.
+        """
+        care, truth = np.zeros((2, len(self.game.facts)), bool)
+        for index, true in reasons:
+            care[index], truth[index] = True, true
+        if not reasons:
+            needs = self.game.needs_matrix[goal]
+            care, truth = needs != 0, needs > 0
+        return care, truth
+
+    def _row_with(self, goal: int, care: np.ndarray, truth: np.ndarray) -> int | None:
         """Finds the row that gives this advice already."""
         rows = self.rows
-        same = (rows.care == care).all(1) & (((rows.situation ^ situation) & care).sum(1) == 0)
-        same &= rows.valid & (rows.goal == goal)
+        same = (rows.care == care).all(1) & (rows.truth == truth).all(1) & rows.valid & (rows.goal == goal)
         return int(same.argmax()) if same.any() else None
 
     def _least_used_row(self, taken: list[int]) -> int | None:
@@ -307,12 +320,16 @@ class HostTable:
     def metrics(self) -> dict[str, float | None]:
         """Returns what the table is worth, each row counted by its visits."""
         scores, z, visits = self.comprehension(), self.trial_z(), self.rows.visits[:, WITH]
+        stated, holding, self.stated, self.holding = self.stated, self.holding, 0, 0
         weights, total = np.where(np.isnan(scores), 0, visits), float(visits.sum())
         score, successes = (np.nan_to_num(scores) * weights).sum(), self.rows.successes[:, WITH].sum()
         return {
             "guidance/comprehension": float(score / weights.sum()) if weights.sum() else None,
             "guidance/goal_success": float(successes) / total if total else None,
             "guidance/rows": int(self.rows.valid.sum()),
+            "guidance/rows_unmet": int((self.rows.valid & (self.rows.visits.sum(1) == 0)).sum()),
+            "guidance/rules_stated": stated,
+            "guidance/rules_holding": holding,
             "guidance/trials_decided": int((np.abs(z) > trials.DECIDED_AT_SE).sum()),
             "guidance/trials_won": int((z > trials.DECIDED_AT_SE).sum()),
         }
@@ -326,6 +343,7 @@ class HostTable:
     def load_state(self, arrays: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
         """Takes what `state` gave."""
         arrays = {name: np.array(value) for name, value in arrays.items()}
+        arrays.setdefault("truth", arrays["situation"])  # older runs kept only rules that held where asked
         self.asked, self.num_asked = arrays.pop("asked"), rest["num_asked"]
         self.rows = SimpleNamespace(**arrays)
         self.analyses = [Analysis(**analysis) for analysis in rest["analyses"]]

@@ -140,6 +140,7 @@ class Question:
     reply: Reply = Reply()  # set by Pause.wait, and so are:
     advice: tuple[tuple[int, Literals], ...] = ()  # what the reply says: sub-goals with reasons; empty: see error
     error: str = ""  # why there is no advice
+    dropped: int = 0  # reasons in the reply that are no facts
     rows: dict[int, int] = field(default_factory=dict)  # sub-goal -> row of the table; set by HostTable.store, so is:
     because: list[list[str]] = field(default_factory=list)  # the reasons of each row, as they are stored
 
@@ -158,6 +159,7 @@ class Question:
             "sub_goals": [game.sub_goals[i] for i in self.rows],
             "because": self.because,
             "error": self.error,
+            "reasons_dropped": self.dropped,
             "skipped": self.reply.skipped,
             "cached": self.reply.cached,
             "calls": self.reply.calls,
@@ -176,18 +178,27 @@ Sub-goals, the only ones that exist: {sub_goals}.
 
 Facts, the only ones that exist: {facts}.
 
-Reply with one JSON object and nothing else, for example
-{example}
-It names at most {max_sub_goals} sub-goals from the list, the most urgent first, each with the facts that it
-rests on, "not " in front of one that is false. A sub-goal will be advised in every situation that shares its facts, so
-leave out what does not matter to it, and leave out nothing that does."""
+You are told what the player sees, what it was advised to do before ("Previous sub-goals"), and, in the last line
+("Analysis"), what an adviser says who has watched this player. Put the sub-goals that the adviser suggests first.
+
+Reply with one JSON object and nothing else, without white space, in this form:
+{form}
+SUB-GOAL stands for a sub-goal from the list, FACT for a fact from the list. Name at most {max_sub_goals} sub-goals, the
+most urgent first, each with the facts that it rests on, "not " in front of one that must be false. A sub-goal will be
+advised in every situation in which its facts are so, so leave out what does not matter to it, and leave out nothing
+that does."""
+
+# Placeholders, no example: small models repeat an example whatever they are asked.
+FORM = {"sub_goals": {"SUB-GOAL": ["FACT", "not FACT"]}}
+SCHEMA_FORM = {"sub_goals": [{"name": "SUB-GOAL", "because": ["FACT", "not FACT"]}]}
+COMPACT = (",", ":")
 
 REPAIR_PROMPT = "Your reply could not be used: {reason}. Reply with only the JSON object, with names from the lists."
 
 SCHEMA_NOTE = """
 
 Write the object in this form, the most urgent sub-goal first:
-{example}"""
+{form}"""
 
 
 @functools.cache
@@ -200,7 +211,7 @@ def system_prompt(game: Game) -> str:
         about_the_game=game.prompt,
         sub_goals=sub_goals,
         facts=", ".join(game.facts),
-        example=json.dumps({"sub_goals": dict(game.example)}),
+        form=json.dumps(FORM, separators=COMPACT),
         max_sub_goals=MAX_SUB_GOALS,
     )
 
@@ -248,10 +259,9 @@ def _closed_object(**properties: Any) -> dict[str, Any]:
 def reply_form(game: Game) -> Form:
     """Returns the form that a server is asked for which takes a JSON schema."""
     named = {"name": "sub_goals", "strict": True, "schema": reply_schema(game)}
-    items = [{"name": name, "because": list(reasons)} for name, reasons in game.example.items()]
     return Form(
         response_format={"type": "json_schema", "json_schema": named},
-        note=SCHEMA_NOTE.format(example=json.dumps({"sub_goals": items})),
+        note=SCHEMA_NOTE.format(form=json.dumps(SCHEMA_FORM, separators=COMPACT)),
         follows=functools.partial(follows_schema, game),
     )
 
@@ -268,7 +278,14 @@ _MAX_OBJECTS = 50  # tries at "{": bounds the work on a text full of braces
 
 
 def parse_reply(game: Game, text: str) -> tuple[tuple[int, Literals], ...]:
-    """Reads an LLM's reply: 1 to MAX_SUB_GOALS sub-goals with their reasons; no reasons mean all facts.
+    """Returns what `read_reply` does, without what was dropped."""
+    return read_reply(game, text)[0]
+
+
+def read_reply(game: Game, text: str) -> tuple[tuple[tuple[int, Literals], ...], int]:
+    """Reads an LLM's reply: 1 to MAX_SUB_GOALS sub-goals with their reasons; and how many reasons were dropped.
+
+    Reasons that are no facts are dropped; a sub-goal whose reasons contradict each other is.
 
     Takes a JSON object wherever it stands, else a plain list of sub-goals by lines or commas. What a reasoning model
     writes between <think> and </think> is not its answer and is not read. Raises ValueError, with the reason, when
@@ -277,12 +294,12 @@ def parse_reply(game: Game, text: str) -> tuple[tuple[int, Literals], ...]:
     text = answer_of(text[:MAX_REPLY])
     fields = _find_object(text)
     if fields is not None:
-        found = _read_sub_goals(game, fields["subgoals"], fields.get("because"))
+        found, dropped = _read_sub_goals(game, fields["subgoals"], fields.get("because"))
     else:  # a list, or JSON that was cut off or is not quite JSON: what follows "because" are facts, not sub-goals
-        found = _read_sub_goals(game, re.split(r"[\"']?because[\"']?\s*:", text, maxsplit=1)[0])
+        found, dropped = _read_sub_goals(game, re.split(r"[\"']?because[\"']?\s*:", text, maxsplit=1)[0])
     if not found:
         raise ValueError(f"no known sub-goal in the reply {clean(text, 80)!r}")
-    return tuple(found.items())
+    return tuple(found.items()), dropped
 
 
 def is_usable(game: Game, text: str) -> bool:
@@ -319,13 +336,16 @@ def _find_object(text: str) -> dict[str, Any] | None:
     return None
 
 
-def _read_sub_goals(game: Game, value: Any, common: Any = None) -> dict[int, Literals]:
-    """Returns at most MAX_SUB_GOALS sub-goals, each once, with their reasons; drops what is no sub-goal.
+def _read_sub_goals(game: Game, value: Any, common: Any = None) -> tuple[dict[int, Literals], int]:
+    """Returns at most MAX_SUB_GOALS sub-goals, each once, with their reasons; and how many reasons are no facts.
+
+    Drops what is no sub-goal, and what is advised for reasons that contradict each other.
 
     Takes {name: reasons}, a (list of) strings, or a list of {"name": ..., "because": ...}; `common` are the reasons of
     those that come without their own.
     """
     found: dict[int, Literals] = {}
+    dropped = 0
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, dict):
             fields = {re.sub("[^a-z]", "", str(key).lower()): field for key, field in item.items()}
@@ -336,24 +356,33 @@ def _read_sub_goals(game: Game, value: Any, common: Any = None) -> dict[int, Lit
         for names, reasons in pairs:
             for piece in _SEPARATORS.split(names) if isinstance(names, str) else ():
                 index = game.read_sub_goal(re.sub(r"^[^a-zA-Z]+", "", piece))  # without "1." or "- " in front
-                if index is not None and len(found) < MAX_SUB_GOALS:
-                    found.setdefault(index, _read_because(game, reasons))
-    return found
+                if index is not None and index not in found and len(found) < MAX_SUB_GOALS:
+                    literals, unknown = _read_because(game, reasons)
+                    dropped += unknown
+                    if literals is not None:
+                        found[index] = literals
+    return found, dropped
 
 
-def _read_because(game: Game, value: Any) -> Literals:
-    """Reads facts from a list of strings, one string, or {name: true/false}. Drops unknown and contradictory ones."""
+def _read_because(game: Game, value: Any) -> tuple[Literals | None, int]:
+    """Reads facts from a list of strings, one string, or {name: true/false}.
+
+    Returns:
+        the facts with their truth, None where they contradict each other; how many reasons are no facts
+    """
     if isinstance(value, dict):
         named = [(name, truth) for name, truth in value.items() if isinstance(truth, bool)]
     else:
         strings = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
-        named = [(name, True) for item in strings for name in re.split("[,;\n]", item)]
-    seen: dict[int, set[bool]] = {}
+        named = [(name, True) for item in strings for name in re.split("[,;\n]", item) if name.strip()]
+    seen: dict[int, bool] = {}
+    unknown = 0
     for name, said in named:
         fact = game.read_fact(re.sub(r"^\s*!\s*", "not ", name))
-        if fact is not None:
-            seen.setdefault(fact[0], set()).add(fact[1] == said)
-    return tuple((index, truths.pop()) for index, truths in seen.items() if len(truths) == 1)
+        unknown += fact is None
+        if fact is not None and seen.setdefault(fact[0], fact[1] == said) != (fact[1] == said):
+            return None, unknown
+    return tuple(seen.items()), unknown
 
 
 # ------------------------------------------------------------------------------------------- guides
@@ -445,7 +474,8 @@ class Pause:
         for question, reply in zip(self.questions, self._replies, strict=True):
             question.reply, question.error = reply, reply.error
             try:
-                question.advice = () if reply.error else parse_reply(self._guide.game, reply.text)
+                if not reply.error:
+                    question.advice, question.dropped = read_reply(self._guide.game, reply.text)
             except ValueError as problem:
                 question.error = str(problem)
         self._guide.watch(self.questions)
@@ -468,6 +498,7 @@ class Pause:
             "llm/cost": sum(reply.cost for reply in replies),
             "llm/seconds": sum(reply.seconds for reply in replies),
             "guidance/valid_replies": len(replies) - errors,
+            "guidance/reasons_dropped": sum(question.dropped for question in self.questions),
             "time/llm_wait": self._seconds_waited,
         }
         if seconds := [reply.seconds for reply in replies if reply.calls]:

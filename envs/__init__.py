@@ -31,6 +31,7 @@ For people to look at (evaluate.py) an env may have, besides,
     HABITS: dict, DEATHS: tuple                          habits of common sense with what each is; what ends a life
     find_habits(obs, action, next_obs, done) -> occasions, sensible (..., H) bool     inside jit
     cause_of_death(obs, action) -> (...) int32           of a life's last step, an index into DEATHS
+    ORIGINAL: str, original(num_envs, seed)              the game that it is a version of, to play on the host
     scene(state) -> pytree (N, ...)                      what `draw` needs of a state, inside jit
     draw(scene of one env) -> (H, W, 3) uint8            a picture, the view at its top
     letters(obs (O,)) -> rows of (letter, colour)        the same for a terminal

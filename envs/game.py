@@ -41,8 +41,6 @@ class Game:
     """G, how many of the sub-goals are basic"""
     prompt: str
     """paragraphs for the guide: what the game is, and its rules"""
-    example: Mapping[str, Sequence[str]]
-    """a reply for the guide's prompt: sub-goals with their reasons"""
     needs: Mapping[str, tuple[str, ...]]
     """what the game demands of each basic sub-goal now, as facts; "not " in front of one that must be false"""
     kinds: tuple[str, ...]

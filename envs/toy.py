@@ -30,7 +30,6 @@ TOY = Game(
     sub_goals=("chop tree", "drink water", "rest"),
     num_basic=2,
     prompt="You guide a player who sees either a tree or a lake. It is paid for chopping trees and for drinking.",
-    example={"chop tree": ["tree in view"]},
     needs=dict(RULES),
     kinds=("tree", "water"),
     things={"chop tree": "tree", "drink water": "water"},

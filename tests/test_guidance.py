@@ -132,18 +132,43 @@ def test_the_same_advice_takes_one_row():
     assert table.rows.valid.sum() == 3
 
 
-def test_reasons_that_are_not_so_are_dropped_and_no_reasons_mean_all_facts():
+def test_advice_is_the_rule_that_it_states():
+    """A reply once said "sleep, because energy low" of a rested player: it was kept for rested players only."""
+    table, tree, dark = table_of(), FACT["tree in view"], FACT["dark"]
+    store(table, EMPTY_TREE, {"chop tree": [("tree in view", True), ("dark", False)], "sleep": [("dark", True)]})
+    assert [np.flatnonzero(table.rows.care[row]).tolist() for row in (0, 1)] == [sorted((tree, dark)), [dark]]
+    facts = np.zeros((4, len(FACTS)), bool)  # nothing, a tree, the dark, both
+    facts[[1, 3], tree] = facts[[2, 3], dark] = True
+    assert table.fits(facts)[:, :2].tolist() == [[False, False], [True, False], [False, True], [False, True]]
+    on_device = lookup.fitting_rows(table.for_evaluation(), jnp.asarray(facts))
+    assert np.array_equal(on_device, table.fits(facts))
+    assert table.reasons_text(0) == ["tree in view", "not dark"] and table.reasons_text(1) == ["dark"]
+    told = table.metrics()
+    assert (told["guidance/rules_stated"], told["guidance/rules_holding"], told["guidance/rows_unmet"]) == (2, 1, 2)
+    assert table.metrics()["guidance/rules_stated"] == 0  # of one phase
+    assert store(table, ["dark"], {"sleep": [("dark", True)]}) == [1]  # the same rule, where it holds
+
+
+def test_advice_without_reasons_rests_on_what_its_sub_goal_needs():
     table = table_of()
-    advice = {"chop tree": [("tree in view", True), ("dark", True)], "sleep": [("dark", True)]}
-    store(table, EMPTY_TREE, advice)
-    assert np.flatnonzero(table.rows.care[0]).tolist() == [FACT["tree in view"]]
-    assert table.rows.care[1].all()
+    store(table, ["dark"], {"mine iron": [], "chop grass": [], "survival": []})
+    assert table.reasons_text(0) == ["unlocked make stone pickaxe", "iron in view"]
+    assert table.reasons_text(1) == table.reasons_text(2) == []  # these need nothing, and are advised everywhere
+
+
+def test_tables_of_older_runs_are_read():
+    table, other = table_of(), table_of()
+    store(table, EMPTY_TREE, TREE)
+    arrays, rest = table.state()
+    other.load_state({name: array for name, array in arrays.items() if name != "truth"}, rest)
+    facts = np.array([situation_of(EMPTY_TREE), situation_of([])])
+    assert np.array_equal(other.fits(facts), table.fits(facts)) and table.fits(facts).any()
 
 
 def test_a_full_table_gives_up_the_row_that_is_used_least():
     table = table_of()
     for row in range(8):
-        assert store(table, [FACTS[row]], {"chop tree": []}) == [row]
+        assert store(table, [FACTS[row]], {"chop tree": [(FACTS[row], True)]}) == [row]
     table.rows.visits[:, 1] = [9, 8, 1, 7, 6, 5, 4, 3]
     assert store(table, ["dark"], {"sleep": []}) == [2]
     assert table.rows.valid.all() and table.rows.visits[2].sum() == 0
@@ -469,7 +494,7 @@ def test_the_order_of_replies_becomes_the_urgency_of_rows():
     assert names == ["sleep", "chop tree", "mine coal"]
     assert table.rows.before.sum() == 3
     for row in range(3, 8):
-        store(table, [FACTS[row]], {"chop tree": []})
+        store(table, [FACTS[row]], {"chop tree": [(FACTS[row], True)]})
     table.rows.visits[:, 1] = [0, *[9] * 7]
     store(table, ["asleep"], {"chop grass": [("asleep", True)]})  # over row 0
     assert not table.rows.before[0].any() and not table.rows.before[:, 0].any() and table.rows.before.sum() == 1

@@ -30,7 +30,6 @@ CRAFTER = Game(
     sub_goals=vocabulary.SUB_GOALS,
     num_basic=len(vocabulary.BASIC_SUB_GOALS),
     prompt=PROMPT,
-    example={"chop tree": ["not wood >= 4"], "make wood pickaxe": ["wood >= 1", "crafting table in view"]},
     needs=rules.NEEDS,
     kinds=vocabulary.KINDS,
     things=rules.THINGS,

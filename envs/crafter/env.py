@@ -71,6 +71,7 @@ class CraftaxEnv:
     game: Game = CRAFTER
     HABITS: ClassVar = habits.HABITS
     DEATHS: ClassVar = habits.CAUSES
+    ORIGINAL: ClassVar = "Crafter"
 
     def reset(self, key: jax.Array, num_envs: int) -> VectorState:
         key_envs, key_pool = jax.random.split(key)
@@ -156,6 +157,11 @@ class CraftaxEnv:
 
     def cause_of_death(self, obs: jax.Array, action: jax.Array) -> jax.Array:
         return habits.cause_of_death(obs, action)
+
+    def original(self, num_envs: int, seed: int) -> "OriginalCrafter":  # noqa: F821
+        from envs.crafter.original import OriginalCrafter  # late: it is another package
+
+        return OriginalCrafter(num_envs, seed)
 
     def scene(self, state: VectorState) -> EnvState:
         return draw.scene(state.envs)

@@ -112,9 +112,9 @@ def load(folder: Path, given: EvalArgs) -> Trained:
     """Reads a run's policy and table. Raises ValueError, one line, for what is no run or does not fit this code."""
     flags = run_folder.read_config(folder, "runs")["flags"]
     base = runs.args_from_flags(rl.Args, dict(flags))
-    odd = sorted(set(flags) ^ set(runs.flags(base)))
+    odd = sorted(set(flags) - set(runs.flags(base)))  # a flag that is newer than the run has its default
     if odd:
-        raise ValueError(f"runs: {folder} was made by another version of this code (flags that differ: {odd[0]})")
+        raise ValueError(f"runs: {folder} was made by another version of this code (unknown flag: {odd[0]})")
     # One minibatch, one device: nothing is trained, and any number of games may be played.
     args = dataclasses.replace(
         base, num_envs=given.num_envs, num_minibatches=1, num_devices=1, distributed=False, resume=None,

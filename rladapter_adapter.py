@@ -44,7 +44,6 @@ Folder = Annotated[str, tyro.conf.arg(metavar="FOLDER|HUB-ID")]
 
 LENGTH_BUCKET = 64  # prompts are padded to a multiple of it, so that few lengths are ever compiled
 BATCH_BUCKETS = (8, 16, 32, 64)  # batches are padded to one of these; more prompts: several batches
-ANALYSIS_TOKENS = 48  # of an analysis, at most
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # what LoRA adapts
 
 SFT_EPOCHS = 2  # passes over the examples
@@ -61,6 +60,10 @@ class SftArgs:
     adapter: str = "assets/adapter-tiny"
     """the adapter: a Llama, Qwen2 or Qwen3 folder in Hugging Face format, a hub id, or a folder of
     LoRA weights; none: no adapter"""
+    adapter_temperature: float = 1.0
+    """temperature at which the adapter's analyses are sampled; 0: the likeliest token each time"""
+    adapter_max_tokens: int = 48
+    """tokens of an analysis, at most; one that is cut off there ends with its last whole sentence"""
     sft_every: int = 4
     """phases between two fine-tunings of the adapter; 0: never"""
     sft_data: Literal["best", "all"] = "best"
@@ -72,7 +75,10 @@ class SftArgs:
     """rank of the LoRA matrices; default 8, or that of the LoRA folder given as --adapter"""
 
 
-LIMITS = {"sft_every": (0, 10**9), "sft_learning_rate": (0, 10)}
+LIMITS = {
+    "sft_every": (0, 10**9), "sft_learning_rate": (0, 10), "adapter_temperature": (0, 100),
+    "adapter_max_tokens": (1, 4096),
+}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------- the prompt
@@ -99,6 +105,8 @@ def write_analyses(adapter: Any, game: Game, questions: Sequence[Any], key: jax.
     analyses = adapter.analyse(prompts, key)
     for question, prompt, analysis in zip(questions, prompts, analyses, strict=True):
         question.adapter_prompt, question.analysis = prompt, analysis
+    if isinstance(adapter, Adapter) and not any(map(game.sub_goals_in_text, analyses)):
+        adapter.warn_that_it_names_nothing()
 
 
 # ---------------------------------------------------------------------------------------- the model
@@ -392,6 +400,12 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c == "\n" or (unicodedata.category(c)[0] != "C" and c != "\ufffd"))
 
 
+def whole_sentences(text: str) -> str:
+    """Returns a text up to the end of its last sentence; all of it if it has no end."""
+    ended = re.match(r".*[.!?](?=\s|$)", text)
+    return ended.group() if ended else text
+
+
 def one_line(text: str) -> str:
     """Removes what is not printable, and collapses white space."""
     return " ".join(printable(" ".join(text.split())).split())
@@ -499,6 +513,8 @@ class Adapter:
         self.chat = hf_folder.Chat(tokenizer, SYSTEM_PROMPT)
         self.beginning: list[int] | None = None  # the tokens all prompts begin with, once known
         self.prefix: Any = None  # the keys and values of these; None again when the weights change
+        self.temperature, self.max_tokens = SftArgs.adapter_temperature, SftArgs.adapter_max_tokens
+        self.warned = False
 
     def encode_example(self, prompt: str, response: str) -> Text:
         """Returns the tokens of both, an end token last, that fit the context together."""
@@ -542,16 +558,32 @@ class Adapter:
         return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
     def analyse(
-        self, prompts: Sequence[str], key: jax.Array, temperature: float = 1.0, max_new_tokens: int = ANALYSIS_TOKENS
-    ) -> list[str]:
+        self, prompts: Sequence[str], key: jax.Array, temperature: float | None = None,
+        max_new_tokens: int | None = None,
+    ) -> list[str]:  # fmt: skip
         """Returns an analysis for each prompt (`adapter_prompt`): one line, possibly empty.
 
-        Temperature 0 is greedy. Raises ValueError if max_new_tokens is not within the context.
+        Sampled as --adapter-temperature (0: greedy) and --adapter-max-tokens say, unless told otherwise. Raises
+        ValueError if max_new_tokens is not within the context.
         """
-        room = self.room_for(max_new_tokens)
+        temperature = self.temperature if temperature is None else temperature
+        most = self.max_tokens if max_new_tokens is None else max_new_tokens
+        room = self.room_for(most)
         tokens = [self.chat.encode(prompt, room) for prompt in prompts]
-        rows = self.generate(tokens, key, temperature, max_new_tokens)
-        return [one_line(self.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+        rows = self.generate(tokens, key, temperature, most)
+        texts = [one_line(self.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+        cut = [len(row) == most for row in rows]
+        return [whole_sentences(text) if was_cut else text for text, was_cut in zip(texts, cut, strict=True)]
+
+    def warn_that_it_names_nothing(self) -> None:
+        """Says once that all analyses of a pause were in vain."""
+        if not self.warned:
+            print(
+                "warning: no analysis of this pause names a sub-goal, so a guide can't follow any, and --sft-data best "
+                "finds no example; try a lower --adapter-temperature, or another --adapter",
+                file=sys.stderr,
+            )
+        self.warned = True
 
     def room_for(self, max_new_tokens: int) -> int:
         """Returns how many tokens of a prompt the context has room for beside the new ones."""
@@ -563,7 +595,7 @@ class Adapter:
     def check_room(self) -> None:
         """Raises ValueError if the context has no room for what training asks, or learns by `encode_example`."""
         context, instruction = self.config.max_position_embeddings, len(self.chat.tokens(INSTRUCTION))
-        answer = max(ANALYSIS_TOKENS, context // 2 + 1)
+        answer = max(self.max_tokens, context // 2 + 1)
         if instruction + answer > context:
             needs = f"{answer} are the answer's, system prompt and instruction take {instruction}"
             way = "choose a model with a longer context"
@@ -685,6 +717,7 @@ def make_adapter(args: SftArgs, seed: int) -> Adapter | NoAdapter:
         return NoAdapter()
     hint = "; or use --adapter none"
     adapter = open_adapter("--adapter", args.adapter, seed, hint=hint, rank=args.lora_rank)
+    adapter.temperature, adapter.max_tokens = args.adapter_temperature, args.adapter_max_tokens
     with naming(f"--adapter: cannot use {args.adapter}", hint):
         adapter.check_room()
     return adapter

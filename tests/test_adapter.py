@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 import rladapter_adapter as ra
 from envs.crafter import CRAFTER
 from envs.crafter.captions import read_caption
+from llm_client import Question
 from utils import hf_folder
 from utils.hf_folder import Chat
 
@@ -686,7 +687,7 @@ def test_what_passes_the_check_of_the_context_never_fails_later(folder, tmp_path
         prompt, response = adapter.encode_example(prompt_of(caption, [0], 0.5), "Chop tree. " * 300)
         assert len(prompt) + len(response) <= context
         assert ra.INSTRUCTION in adapter.tokenizer.decode(prompt)
-        adapter.chat.encode(prompt_of(caption, [0], 0.5), adapter.room_for(ra.ANALYSIS_TOKENS))
+        adapter.chat.encode(prompt_of(caption, [0], 0.5), adapter.room_for(ra.SftArgs.adapter_max_tokens))
 
 
 def test_a_shared_prefix_changes_no_text(adapter, monkeypatch):
@@ -1125,3 +1126,52 @@ def test_a_hub_id_is_looked_up_in_the_hubs_cache_and_compiled_programs_are_kept(
     done = subprocess.run([*argv, "--max-new-tokens", "4"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "cache/jax").is_dir()
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags of sampling
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("It is dark. Try to sle", "It is dark."),
+        ("Wood >= 1.5 is rare! Chop", "Wood >= 1.5 is rare!"),
+        ("no end at all", "no end at all"),
+        ("It is dark.", "It is dark."),
+        ("", ""),
+    ],
+)
+def test_a_text_that_was_cut_off_ends_with_a_sentence(text, whole):
+    assert ra.whole_sentences(text) == whole
+
+
+def test_flags_say_how_analyses_are_sampled(monkeypatch):
+    asked = []
+    adapter = ra.make_adapter(ra.SftArgs(adapter_temperature=0.0, adapter_max_tokens=5), 1)
+
+    def generate(tokens, key, temperature, max_new_tokens):
+        asked.append((temperature, max_new_tokens))
+        return [adapter.tokenizer.encode("It is dark. Try", add_special_tokens=False)[:5]]
+
+    monkeypatch.setattr(adapter, "generate", generate)
+    (text,) = adapter.analyse(["hello"], jax.random.key(0))
+    assert asked == [(0.0, 5)] and "It is dark. Try".startswith(text)
+    with pytest.raises(ValueError, match="context"):
+        ra.make_adapter(ra.SftArgs(adapter_max_tokens=4000), 1)
+
+
+def test_a_pause_whose_analyses_name_nothing_warns_once(capsys, monkeypatch):
+    adapter = ra.make_adapter(ra.SftArgs(), 1)
+    texts = ["Gear: 12 Eat: 90%", "It is day."]
+    monkeypatch.setattr(adapter, "analyse", lambda prompts, key: texts[: len(prompts)])
+
+    def pause():
+        questions = [Question(np.zeros(1, np.uint8), np.zeros(1, bool), [], None, caption="x") for _ in texts]
+        ra.write_analyses(adapter, CRAFTER, questions, jax.random.key(0))
+        return capsys.readouterr().err
+
+    assert "names a sub-goal" in pause() and pause() == ""
+    adapter.warned, texts[1] = False, "Try to chop tree."
+    assert pause() == ""

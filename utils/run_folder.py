@@ -170,8 +170,9 @@ class Log:
 
     def __init__(self, folder: Path, track: bool, config: dict[str, Any], first_step: int = 0):
         self.folder = folder
-        self.tensorboard = TensorBoard(folder, first_step + 1)
         self.failed = self.odd = False  # was a failure reported, a number that is none?
+        self.tensorboard: TensorBoard | None = None
+        self._guarded(lambda: setattr(self, "tensorboard", TensorBoard(folder, first_step + 1)))
         self.wandb = _start_wandb(folder, config) if track else None
 
     def metrics(self, record: dict[str, Any]) -> None:
@@ -184,7 +185,8 @@ class Log:
         self.append("metrics.jsonl", [record])
         step = record["global_step"]
         tagged = {tag: value for tag, value in record.items() if "/" in tag and value is not None}
-        self._guarded(lambda: self.tensorboard.write(tagged, step))
+        if self.tensorboard is not None:
+            self._guarded(lambda: self.tensorboard.write(tagged, step))
         if self.wandb is not None:
             self._guarded(lambda: self.wandb.log(tagged, step=step))
 
@@ -193,7 +195,8 @@ class Log:
         self._guarded(lambda: _append(self.folder / name, lines))
 
     def close(self) -> None:
-        self._guarded(self.tensorboard.close)
+        if self.tensorboard is not None:
+            self._guarded(self.tensorboard.close)
         if self.wandb is not None:
             self._guarded(self.wandb.finish)
 

@@ -189,7 +189,7 @@ class Transition:
     pointed: jax.Array  # (N, 2) int32, the kinds of things that advice points at; W for nothing
     hinted: jax.Array  # (N,) int32, the action that advice is; A for none
     previous: jax.Array  # (N,) int32, the action before; A where an episode begins
-    memory: jax.Array  # (N, R) f32, of the policy before this step; zero where an episode begins
+    memory: jax.Array  # (N, R) f32, of the policy before this step; of a rollout's steps the first one's alone is kept
     action: jax.Array  # (N,) int32
     log_prob: jax.Array  # (N,) f32
     value: jax.Array  # (N,) f32
@@ -542,8 +542,8 @@ def rollout(
     """Plays T steps of all envs, in training and in evaluation.
 
     Returns:
-        the runner; transitions with a leading axis T; of each step (T, N, ...) the return, length and
-        achievements of the episode so far, that step included
+        the runner; transitions with a leading axis T, memory with one of 1; of each step (T, N, ...) the return,
+        length and achievements of the episode so far, that step included
     """
     key, key_refill, key_steps = jax.random.split(runner.key, 3)
 
@@ -555,9 +555,12 @@ def rollout(
         }
         begun = {name: jnp.where(transition.done, 0, value) for name, value in episode.items()}
         carry = dataclasses.replace(carry, **begun)
+        transition = dataclasses.replace(transition, memory=None)  # the replay makes it anew
         return carry, (transition, episode | {"achievements": achievements})
 
+    memory = runner.memory[None]
     runner, (transitions, episodes) = jax.lax.scan(step, runner, jax.random.split(key_steps, args.num_steps))
+    transitions = dataclasses.replace(transitions, memory=memory)
     env_state = agent.env.refill(key_refill, runner.env_state)
     return dataclasses.replace(runner, key=key, env_state=env_state), transitions, episodes
 
@@ -729,7 +732,7 @@ def check_args(args: Args) -> None:
             f"--num-minibatches: {args.num_envs} envs can't be divided into {args.num_minibatches} minibatches of "
             "whole envs; change --num-envs or --num-minibatches"
         )
-    if args.batch_size * (400 + 4 * args.rnn_size) > 64 * 2**30:  # bytes of a `Transition`, about
+    if args.batch_size * 500 > 64 * 2**30:  # bytes of a `Transition`, about
         raise ValueError(f"--num-envs, --num-steps: {args.batch_size} samples are too many; choose smaller ones")
 
 

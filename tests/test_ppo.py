@@ -173,7 +173,7 @@ def test_ratio_is_one_in_the_first_minibatch(rnn_size):
     others = [{"advised": ~batch.advised}, {"facts": ~batch.facts}, {"pointed": 1 - batch.pointed % 2},
               {"hinted": jnp.zeros_like(batch.hinted)}]  # fmt: skip
     if rnn_size:
-        assert batch.memory[0].any() and not batch.memory[1:][batch.done[:-1]].any()
+        assert batch.memory[0].any() and len(batch.memory) == 1
         goes_on = jnp.where(batch.previous == len(GAME.actions), 0, batch.previous)
         others += [{"memory": jnp.zeros_like(batch.memory)}, {"previous": goes_on}]
     for other in others:  # all of that matters, so the check above can fail

@@ -244,15 +244,28 @@ def evaluate_original(trained: Trained, given: EvalArgs, update: Any) -> dict[st
 def original_games(trained: Trained, num_envs: int, seed: int) -> tuple[Any, rl.Agent]:
     """Makes games of the original, and the agent that plays what they show."""
     env = trained.agent.env.env
-    shown = devices.SharedEnv(Shown(env))
-    return env.original(num_envs, seed), dataclasses.replace(trained.agent, env=shown)
+    games = env.original(num_envs, seed)
+    heed(trained.table, games.game)
+    return games, dataclasses.replace(trained.agent, env=devices.SharedEnv(Shown(env, games.game)))
+
+
+def heed(table: HostTable, game: Any) -> None:
+    """Restricts advice to where its sub-goal has what this version of the game demands of it, and the other did not.
+
+    What the policy has learned stays as it is; its guide has read the other rules.
+    """
+    rows, demanded = table.rows, game.needs_matrix[table.rows.goal]
+    more = (demanded != 0) & (demanded != table.game.needs_matrix[rows.goal])
+    rows.care |= more
+    rows.truth = np.where(more, demanded > 0, rows.truth)
 
 
 @dataclass(frozen=True)
 class Shown:
-    """An env whose state is what it shows: for games that are played elsewhere."""
+    """An env whose state is what it shows: for games that are played elsewhere, of another version."""
 
     env: Any
+    game: Any
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.env, name)

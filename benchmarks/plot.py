@@ -204,7 +204,7 @@ def plot_habits(results: Results, path: Path) -> bool:
             if len(x) > 1:
                 low, high = bootstrap_band(x[:, None])
                 ax.hlines(y, low, high, color="black", linewidth=1.2)
-    label = "handled sensibly, % of the occasions"
+    label = "% of the occasions"
     ax.set(yticks=np.arange(len(names)), xlim=(0, 100), xlabel=label, ylim=(len(names) - 0.5, -0.5))
     ax.set_yticklabels(names)
     ax.grid(axis="y", visible=False)

@@ -17,6 +17,7 @@ from test_runs import ROOT, TOY
 
 import evaluate
 import rladapter_ppo as rl
+from envs.crafter import CRAFTER as CRAFTER_GAME
 from envs.scores import Tally, score
 from envs.toy import TOY as TOY_GAME
 from utils import film, published, run_folder, runs, terminal
@@ -265,6 +266,18 @@ def test_the_original_game_is_played_with_the_same_policy(crafter_run, tmp_path,
     result = json.loads((folder / "eval-crafter.json").read_text())
     assert result["env_id"] == "Crafter" and result["eval_episodes"] == 2 and result["episodic_length"] == 12
     assert -1 <= result["episodic_return"] <= 12 and set(result["achievements"]) == set(published.HUMAN)
+
+
+def test_advice_heeds_what_the_original_demands(crafter_run):
+    """A player that was told to place a furnace with one stone tried so for the rest of its life."""
+    original = pytest.importorskip("envs.crafter.original")
+    table = evaluate.load(crafter_run, given(crafter_run)).table
+    game, furnace = table.game, table.game.sub_goal_numbers["place furnace"]
+    table.rows.valid[:2], table.rows.care[:2] = True, False
+    table.rows.goal[:2] = furnace, game.sub_goal_numbers["mine coal"]
+    evaluate.heed(table, original.GAME)
+    assert table.reasons_text(0) == ["stone >= 4"] and table.reasons_text(1) == []
+    assert CRAFTER_GAME.needs["place furnace"] == ("stone >= 1",)
 
 
 # --------------------------------------------------------------------------------------------------

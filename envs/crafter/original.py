@@ -20,6 +20,7 @@ craftax (in brackets), and cannot be bridged:
 """
 
 import collections
+import dataclasses
 from typing import Any
 
 import jax
@@ -40,10 +41,14 @@ DIRECTIONS = ((-1, 0), (1, 0), (0, -1), (0, 1))  # dx, dy of left, right, up, do
 NUMBERS = tuple(name.replace(" ", "_") for name in (*INVENTORY, *VITALS))
 
 
+# What the original demands of a sub-goal where craftax demands less.
+GAME = dataclasses.replace(CRAFTER, needs=CRAFTER.needs | {"place furnace": ("stone >= 4",)})
+
+
 class OriginalCrafter:
     """N games of the original Crafter. A game that ends begins anew, in a world that was not played before."""
 
-    game: Game = CRAFTER
+    game: Game = GAME
 
     def __init__(self, num_envs: int, seed: int, length: int = 10_000):
         """Makes N worlds, about a second each. Raises ValueError where the game is not installed."""

@@ -5,8 +5,8 @@
     curve                                              columns global_step, episodic_return, score, llm_calls (so far)
                                                        at up to 50 of the run's phases; older results have no score and
                                                        no llm_calls
-    habits                                             of runs that evaluate.py played: its eval.json without what the
-                                                       summary says, or null
+    habits, original                                   of runs that evaluate.py played, in their own env and in the
+                                                       original game: its files in short, or null
 
 `python benchmarks/plot.py --collect` makes them.
 """
@@ -44,21 +44,36 @@ def _read_run(folder: Path) -> Result:
         "summary": json.loads((folder / "summary.json").read_text()),
         "curve": curve([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]),
         "habits": habits(folder / "eval.json"),
+        "original": original(folder / "eval-crafter.json"),
     }
 
 
 def habits(path: Path) -> dict[str, Any] | None:
     """What evaluate.py saw a run's agent do: counts of habits, what ended its lives. None if it did not look."""
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text())
-    if "habits" not in found:
+    found = read_evaluation(path)
+    if not found or "habits" not in found:
         return None
     counts = {name: [habit["occasions"], habit["sensible"]] for name, habit in found["habits"].items()}
-    kept = {name: found[name] for name in ("git_commit", "seed", "eval_episodes", "episodic_return", "score")}
-    flags = f"--episodes {found['eval_episodes']} --seed {found['seed']}"
-    command = f"python evaluate.py {path.parent.name} {flags}"
-    return {"command": command, **kept, "counts": counts, "deaths": found["deaths"]}
+    return how(path, found) | {"counts": counts, "deaths": found["deaths"]}
+
+
+def original(path: Path) -> dict[str, Any] | None:
+    """How the agent of a run did in the original of its game. None if it did not play there."""
+    found = read_evaluation(path)
+    return found and how(path, found, "--env-id", found["env_id"]) | {"achievements": found["achievements"]}
+
+
+def read_evaluation(path: Path) -> dict[str, Any] | None:
+    """An evaluation that evaluate.py wrote; None if there is none."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def how(path: Path, found: dict[str, Any], *words: str) -> dict[str, Any]:
+    """The command of an evaluation, the commit that it was made with, its main numbers."""
+    flags = ["--episodes", str(found["eval_episodes"]), "--seed", str(found["seed"])]
+    command = shlex.join(["python", "evaluate.py", path.parent.name, *flags, *words])
+    kept = ("git_commit", "eval_episodes", "episodic_return", "score")
+    return {"command": command} | {name: found[name] for name in kept}
 
 
 def curve(metrics: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -121,7 +136,7 @@ def dumps(result: Result) -> str:
     """JSON with a line for each entry of the summary and each column of the curve."""
     entries = []
     for key, value in result.items():
-        if key in ("summary", "curve") or (key == "habits" and value):
+        if key in ("summary", "curve") or (key in ("habits", "original") and value):
             inner = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
             entries.append(f" {json.dumps(key)}: {{\n{inner}\n }}")
         else:

@@ -114,6 +114,20 @@ def habit_cell(runs: dict[int, Result], habit: str) -> str:
     return f"{found.mean():.0f}{mean_interval(found)} ({often:.1f})" if len(found) else "-"
 
 
+def original_table(results: Results) -> str:
+    """Final policies in the original game, beside their own env, of the runs that played there."""
+    played = {name: [r for r in runs.values() if r.get("original")] for name, runs in results.items()}
+    rows = []
+    for name, runs in played.items():
+        if runs:
+            numbers = [(r["original"][key], r["summary"][key]) for key in ("episodic_return", "score") for r in runs]
+            there, here = np.array(numbers).reshape(2, -1, 2).mean(1).T
+            row = [f"`{name}`", str(len(runs)), str(sum(r["original"]["eval_episodes"] for r in runs))]
+            rows.append([*row, f"{there[0]:.1f}", f"{here[0]:.1f}", f"{there[1]:.1f}", f"{here[1]:.1f}"])
+    header = ["Name", "runs", "episodes", "return there", "here", "score % there", "here"]
+    return markdown(header, rows) if rows else "not measured"
+
+
 def mean_interval(values: np.ndarray) -> str:
     """The 95 % t-interval of a mean, as text; of one number there is none."""
     interval = paired_difference(values, np.zeros_like(values)).interval
@@ -192,6 +206,7 @@ def generated(results: Results) -> dict[tuple[Path, str], str]:
         (readme, "methods"): methods_table(),
         (readme, "results"): results_table(results),
         (readme, "habits"): habits_table(results),
+        (ROOT / "docs" / "evaluate.md", "original"): original_table(results),
         (docs, "aggregate"): aggregate_table(results),
         (docs, "published"): published_table(results),
         (adapter, "speed"): adapter_speed_table(),

@@ -456,3 +456,15 @@ def test_the_table_of_habits_has_means_of_shares_and_occasions_a_life(tmp_path):
     assert lines[3] == ["*ended by lava, % of the lives*", "25 [25, 25]", "25"]
     assert plot.plot_habits(results, tmp_path / "habits.png") and (tmp_path / "habits.png").stat().st_size > 5000
     assert tables.habits_table({"facts": results["facts"]}) == "not measured"
+
+
+def test_the_original_game_stands_beside_the_own_env(tmp_path):
+    there = {"env_id": "Crafter", "achievements": {"a": 0.5}, "episodic_return": 7.0, "score": 9.0}
+    (tmp_path / "eval-crafter.json").write_text(json.dumps(evaluation() | there))
+    found = collect.original(tmp_path / "eval-crafter.json")
+    assert found["command"].endswith("--episodes 4 --seed 1 --env-id Crafter") and found["achievements"] == {"a": 0.5}
+    assert collect.original(tmp_path / "nothing.json") is None
+    summary = {"episodic_return": 16.0, "score": 60.0}
+    results = {"guided": {1: {"summary": summary, "original": found}, 2: {"summary": {}}}, "none": {1: {"summary": {}}}}
+    assert tables.original_table(results).splitlines()[2:] == ["| `guided` | 1 | 4 | 7.0 | 16.0 | 9.0 | 60.0 |"]
+    assert tables.original_table({"none": results["none"]}) == "not measured"

@@ -14,6 +14,7 @@ guide be asked again first. Every env plays the same number of whole episodes, s
 
 import dataclasses
 import functools
+import itertools
 import json
 import shlex
 import sys
@@ -33,6 +34,7 @@ from rich.table import Table
 
 import llm_client
 import rladapter_ppo as rl
+from advice import rows_in_force
 from envs import make_env
 from envs.nearest import IN_VIEW
 from envs.scores import Tally
@@ -101,7 +103,7 @@ class Trained:
     phase: int
     saved: dict[str, Any]  # the checkpoint's arrays
     totals: dict[str, Any]
-    run_llm: LlmArgs  # the guide that it was trained with
+    llm: LlmArgs  # the guide whose advice it follows
 
     @property
     def frozen(self) -> rl.GuidanceTable:
@@ -135,7 +137,8 @@ def load(folder: Path, given: EvalArgs) -> Trained:
         params = like(params, saved["runner"]["params"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"runs: {folder} was made by another version of this code ({error})") from None
-    return Trained(folder, args, agent, params, table, phase, saved, extra["totals"], base.llm)
+    llm = given.llm if given.pauses else base.llm
+    return Trained(folder, args, agent, params, table, phase, saved, extra["totals"], llm)
 
 
 def like(template: Any, saved: dict[str, Any]) -> Any:
@@ -164,10 +167,16 @@ def ask_again(trained: Trained, pauses: int, console: Console) -> None:
         adapter.load_state(trained.saved["adapter"])
     key_play, key_analyse = jax.random.split(jax.random.key(args.seed))
     runner, _ = rl.init_runner(args, agent, trained.params, key_play)
+    sample = np.random.default_rng(args.seed)
     for pause in range(pauses):
         runner, exposure = rl.draw_exposure(agent, runner, trained.frozen)
-        runner, met, _ = play(args, agent, runner, trained.frozen, exposure)
-        situations = {name: np.asarray(getattr(met, name)).reshape(args.batch_size, -1) for name in ("obs", "facts")}
+        met: list[dict[str, np.ndarray]] = []
+        for _ in range(args.updates_per_phase):
+            runner, transitions, _ = play(args, agent, runner, trained.frozen, exposure)
+            chosen = sample.integers(args.batch_size, size=agent.context.situations_per_update)
+            both = {"obs": transitions.obs, "facts": transitions.facts}
+            met.append({name: np.asarray(x).reshape(args.batch_size, -1)[chosen] for name, x in both.items()})
+        situations = {name: np.concatenate([some[name] for some in met]) for name in ("obs", "facts")}
         questions = table.choose_questions(agent.env, situations)
         write_analyses(adapter, agent.env.game, questions, jax.random.fold_in(key_analyse, pause))
         table.store(guide.ask(questions).wait())
@@ -280,7 +289,10 @@ def play_original(trained: Trained, agent: rl.Agent, games: Any, key: jax.Array)
     key, key_exposure = jax.random.split(key)
     exposure = rl.draw_exposures(table, key_exposure, agent.env.facts(jnp.asarray(obs)))
     memory, previous = np.zeros((len(obs), args.rnn_size), np.float32), np.full(len(obs), num_actions, np.int32)
-    while True:
+    for t in itertools.count():
+        if t and t % (args.num_steps * args.updates_per_phase) == 0:  # as often as in training
+            key, key_exposure = jax.random.split(key)
+            exposure = rl.draw_exposures(table, key_exposure, agent.env.facts(jnp.asarray(obs)))
         key, key_action = jax.random.split(key)
         seen, memory = choose(args, agent, trained.params, table, exposure, (obs, memory, previous), key_action)
         action, memory = np.asarray(seen["action"]), np.asarray(memory)
@@ -327,8 +339,9 @@ def record(
         carry, transition, achievements = rl.play_step(args, agent, carry, table, exposure, key_step)
         seen = jax.tree.map(lambda x: x[None], {name: getattr(transition, name) for name in rl.SEEN})
         logits = agent(carry.params, table, seen, transition.memory)[0][0]
-        kept = {"scene": scene, "achievements": achievements, "choices": jax.nn.softmax(logits)}
-        names = ("obs", "facts", "pointed", "hinted", "action", "env_reward", "done", "reached")
+        rows = rows_in_force(args.table, table, exposure, transition.facts) & exposure.shown & agent.context.guided
+        kept = {"scene": scene, "achievements": achievements, "choices": jax.nn.softmax(logits), "rows": rows}
+        names = ("obs", "pointed", "hinted", "action", "env_reward", "done", "reached")
         return carry, kept | {name: getattr(transition, name) for name in names}
 
     runner, steps = jax.lax.scan(step, runner, jax.random.split(key_steps, args.num_steps))
@@ -360,12 +373,12 @@ def episodes(trained: Trained, given: EvalArgs, console: Console) -> list[dict[s
 def moments(trained: Trained, episode: dict[str, Any]) -> Iterator[film.Moment]:
     """Puts each step of an episode (T, ...) into words."""
     game, env, table = trained.agent.env.game, trained.agent.env.env, trained.table
-    scores, shown = table.comprehension(), np.asarray(trained.frozen.show_probability) > 0.5
+    scores = table.comprehension()
     urgency, analyses = np.asarray(trained.frozen.urgency), latest_analyses(table)
     places = np.asarray(env.places(jnp.asarray(episode["obs"])))
     earned, total = episode["env_reward"].cumsum(), len(episode["done"])
     for t in range(total):
-        rows = np.flatnonzero(table.fits(episode["facts"][t : t + 1])[0] & shown)
+        rows = np.flatnonzero(episode["rows"][t])
         rows = rows[np.argsort(urgency[rows], kind="stable")]
         vitals, bag = env.status(episode["obs"][t])
         likeliest = np.argsort(-episode["choices"][t])
@@ -429,7 +442,7 @@ def guide_name(trained: Trained) -> str:
     """Names the guide of a run, for people."""
     if not trained.args.context.guided:
         return "none"
-    llm = trained.run_llm
+    llm = trained.llm
     return llm.llm_model or {"rules": "rules (no LLM)", "random": "random (no LLM)"}.get(llm.llm, llm.llm)
 
 
@@ -440,7 +453,8 @@ def guide_name(trained: Trained) -> str:
 
 def eval_file(folder: Path, given: EvalArgs) -> Path:
     """Names the file of an evaluation: eval.json, with what is unusual about it in the name."""
-    odd = ["unguided" if given.guidance == "none" else None, given.env_id and given.env_id.lower()]
+    odd = ["unguided" if given.guidance == "none" else None, "asked" if given.pauses else None]
+    odd.append(given.env_id and given.env_id.lower())
     return folder / f"{'-'.join(['eval', *filter(None, odd)])}.json"
 
 
@@ -470,7 +484,8 @@ def read_evaluation(folder: Path, given: EvalArgs) -> dict[str, Any]:
     path = eval_file(folder, given)
     try:
         result = json.loads(path.read_text())
-        result["achievements"], result["episodic_return"], result["score"], result["eval_episodes"]
+        for key in ("achievements", "episodic_return", "score", "eval_episodes", "episodic_length"):
+            result[key]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"--episodes 0: {path} can't be read; give a number of episodes") from None
     return result
@@ -512,11 +527,12 @@ def habit_tables(results: dict[str, dict[str, Any]]) -> list[Table]:
             table.add_column(name, justify="right", overflow="fold")
     first = next(iter(watched.values()))
     for habit in first["habits"]:
-        cells = [result["habits"][habit] for result in watched.values()]
+        nothing = {"share": None, "per_episode": 0.0}
+        cells = [result["habits"].get(habit, nothing) for result in watched.values()]
         shares = ["-" if c["share"] is None else f"{100 * c['share']:.0f} ({c['per_episode']:.1f})" for c in cells]
         habits.add_row(habit, *shares)
     for cause in first["deaths"]:
-        deaths.add_row(cause, *[f"{100 * result['deaths'][cause]:.0f}" for result in watched.values()])
+        deaths.add_row(cause, *[f"{100 * result['deaths'].get(cause, 0):.0f}" for result in watched.values()])
     return [habits, deaths]
 
 
@@ -550,6 +566,8 @@ def check(given: EvalArgs) -> None:
     check_ranges(given.llm, llm_client.LIMITS)
     if not given.runs:
         raise ValueError("runs: name the folder of a run, for example runs/my-run")
+    if given.guidance == "none" and given.pauses:
+        raise ValueError("--guidance none: nobody is asked without guidance; leave --pauses out")
     if given.env_id and (given.video or given.play):
         raise ValueError(f"--env-id {given.env_id}: films and --play are of the run's own env; leave one of them out")
 

@@ -113,7 +113,7 @@ class HostTable:
         self.rows = empty_rows(args.guidance_rows, env.obs_size, self.game)
         self.asked = np.zeros((MAX_ASKED, len(self.game.facts)), bool)  # situations, a ring
         self.num_asked = 0
-        self.stated = self.holding = 0  # rules since `metrics` last told: all, and those that held where asked
+        self.stated = self.holding = 0  # rules in the latest replies: all, and those that held where asked
         self.analyses: list[Analysis] = []  # the latest MAX_ANALYSES
 
     # ---- for the device
@@ -189,6 +189,7 @@ class HostTable:
 
     def store(self, questions: list[Question]) -> None:
         """Writes what the guide advised into rows, and into the questions which rows those are."""
+        self.stated = self.holding = 0
         for question in questions:
             if question.advice:
                 self._write(question)
@@ -320,7 +321,6 @@ class HostTable:
     def metrics(self) -> dict[str, float | None]:
         """Returns what the table is worth, each row counted by its visits."""
         scores, z, visits = self.comprehension(), self.trial_z(), self.rows.visits[:, WITH]
-        stated, holding, self.stated, self.holding = self.stated, self.holding, 0, 0
         weights, total = np.where(np.isnan(scores), 0, visits), float(visits.sum())
         score, successes = (np.nan_to_num(scores) * weights).sum(), self.rows.successes[:, WITH].sum()
         return {
@@ -328,8 +328,8 @@ class HostTable:
             "guidance/goal_success": float(successes) / total if total else None,
             "guidance/rows": int(self.rows.valid.sum()),
             "guidance/rows_unmet": int((self.rows.valid & (self.rows.visits.sum(1) == 0)).sum()),
-            "guidance/rules_stated": stated,
-            "guidance/rules_holding": holding,
+            "guidance/rules_stated": self.stated,
+            "guidance/rules_holding": self.holding,
             "guidance/trials_decided": int((np.abs(z) > trials.DECIDED_AT_SE).sum()),
             "guidance/trials_won": int((z > trials.DECIDED_AT_SE).sum()),
         }
@@ -337,7 +337,7 @@ class HostTable:
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Returns what a checkpoint must hold: arrays, and the rest as JSON has it."""
         analyses = [dataclasses.asdict(analysis) for analysis in self.analyses]
-        rest = {"num_asked": self.num_asked, "analyses": analyses}
+        rest = {"num_asked": self.num_asked, "analyses": analyses, "rules": [self.stated, self.holding]}
         return vars(self.rows) | {"asked": self.asked}, rest
 
     def load_state(self, arrays: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
@@ -345,5 +345,6 @@ class HostTable:
         arrays = {name: np.array(value) for name, value in arrays.items()}
         arrays.setdefault("truth", arrays["situation"])  # older runs kept only rules that held where asked
         self.asked, self.num_asked = arrays.pop("asked"), rest["num_asked"]
+        self.stated, self.holding = rest.get("rules", (0, 0))
         self.rows = SimpleNamespace(**arrays)
         self.analyses = [Analysis(**analysis) for analysis in rest["analyses"]]

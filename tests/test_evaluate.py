@@ -138,6 +138,8 @@ def test_adapter_and_guide_can_be_asked_again(run, capsys):
     flags = [str(run), "--episodes", "8", "--num-envs", "8", "--pauses", "2"]
     assert evaluate.cli(flags) == 0
     assert "pause 2 of 2: " in capsys.readouterr().out
+    assert (run / "eval-asked.json").exists() and not (run / "eval.json").exists()
+    assert "leave --pauses out" in refused(capsys, *flags, "--guidance", "none")
     assert evaluate.cli([*flags, "--llm", "http"]) == 2  # flags of the guide are read: no server is named
     assert "--llm-model" in capsys.readouterr().err
 
@@ -186,8 +188,9 @@ def test_moments_say_what_was_seen_advised_and_done(shown):
     assert len(found) == 4 and len(moments) == 16 and moments[-1].end == "still alive after 16 steps"
     returns = [episode["env_reward"].sum() for episode in found]
     assert returns == sorted(returns, reverse=True) and moments[-1].earned == pytest.approx(returns[0])
+    fits = table.fits(np.asarray(trained.agent.env.facts(found[0]["obs"])))
     for t, moment in enumerate(moments):
-        fitting = {int(table.rows.goal[row]) for row in np.flatnonzero(table.fits(found[0]["facts"][t : t + 1])[0])}
+        fitting = {int(table.rows.goal[row]) for row in np.flatnonzero(fits[t])}
         assert {game.sub_goals.index(name) for name, _ in moment.advice} == fitting
         assert moment.vitals["health"] <= 9 and sum(p for _, p in moment.choices) == pytest.approx(1, abs=1e-5)
         assert moment.action == game.actions[found[0]["action"][t]]

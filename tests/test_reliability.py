@@ -131,6 +131,19 @@ def test_a_resumed_run_stays_in_its_folder(tmp_path, capsys):
     assert (tmp_path / "a/summary.json").read_bytes() == summary and not (tmp_path / "b").exists()
 
 
+def test_resume_auto_leaves_a_live_run_alone(tmp_path, capsys):
+    """One that another process trains, and that has no checkpoint yet: it was once wiped, its lock included."""
+    assert train("--run-dir", tmp_path / "run") == 0
+    for path in (tmp_path / "run/checkpoints", tmp_path / "run/summary.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with run_folder.lock(tmp_path / "run"):
+        assert "another process" in refused(capsys, "--resume", "auto", "--run-dir", tmp_path / "run")
+        assert (tmp_path / "run/config.json").exists() and (tmp_path / "run/metrics.jsonl").exists()
+        assert "not empty" in refused(capsys, "--run-dir", tmp_path / "run")
+    (tmp_path / "run/wandb").mkdir()
+    assert train("--resume", "auto", "--run-dir", tmp_path / "run") == 0  # its process is gone
+
+
 def test_an_evaluation_that_was_stopped_is_made_up_for(tmp_path, monkeypatch, capsys):
     real = rl.Tally.add
 
@@ -319,7 +332,7 @@ def test_gradients_that_are_no_numbers_stop_the_run_and_spoil_nothing(tmp_path, 
     flags = "--num-steps", 10, "--save-every", 1  # a program of its own
     assert train("--run-dir", tmp_path / "run", *flags) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert "3 updates in a row" in line and f"--resume {tmp_path / 'run'}" in line and "Traceback" not in line
+    assert "3 updates in a row" in line and "--learning-rate" in line and "Traceback" not in line
     saved = run_folder.read_checkpoint(tmp_path / "run")[1]["runner"]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((saved["params"], saved["opt_state"])))
     assert [m["losses/skipped"] for m in map(json.loads, (tmp_path / "run/metrics.jsonl").open())] == [1.0, 1.0]

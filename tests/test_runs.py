@@ -400,7 +400,7 @@ def test_half_a_line_is_taken_back_when_the_disk_is_full(tmp_path, monkeypatch):
 
     real = Path.open
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", lambda self, mode: Full(real(self, mode)))
+        patched.setattr(Path, "open", lambda self, mode, **more: Full(real(self, mode, **more)))
         with pytest.raises(OSError, match="No space"):
             run_folder._append(path, '{"b": 2}\n')
     assert path.read_text() == '{"a": 1}\n'

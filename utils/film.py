@@ -203,7 +203,7 @@ def write(stem: Path, frames: Iterable[Any]) -> list[Path]:
         filters = f"fps={FPS},scale={GIF_WIDTH}:-2:flags=area,split[a][b];[a]{palette}"
         late = ["-ss", str(max(0, count - GIF_STEPS - HOLD * FPS) / FPS)]
         command = [program, "-y", "-loglevel", "error", *late, "-i", str(mp4), "-vf", filters, str(part)]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
         part.replace(gif)
         return [mp4, gif]
     except (OSError, subprocess.CalledProcessError) as error:

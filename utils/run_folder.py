@@ -30,6 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "craftax", "transformers", "openai")
+LOCK = "lock"
 LOGS = ("metrics.jsonl", "guidance.jsonl", "outcomes.jsonl", "examples.jsonl")
 
 
@@ -40,7 +41,7 @@ def default_folder(env_id: str, exp_name: str, seed: int) -> Path:
 def check_free(folder: Path) -> None:
     """Raises ValueError if the folder holds anything already, or can't be one."""
     try:
-        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        taken = folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()))
     except OSError as error:
         raise ValueError(
             f"--run-dir, --exp-name: {str(folder)[:80]}... can't be a folder ({error.strerror}); choose another name"
@@ -75,13 +76,22 @@ def reserve(folder: Path) -> Path:
 
 
 def lock(folder: Path) -> TextIO:
-    """Claims a run folder for this process, until the file is closed. Raises ValueError if another one has it."""
-    file = (folder / "lock").open("w")
+    """Makes a run folder and claims it for this process, until the file is closed.
+
+    Raises ValueError if another process has it, or if nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        raise ValueError(f"--run-dir: can't write to {folder} ({error.strerror}); choose another folder") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.close()
         raise ValueError(f"--run-dir, --resume: another process trains in {folder}; wait for it, or stop it") from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"warning: can't lock {folder} ({error.strerror}); let no other process train there", file=sys.stderr)
     return file
 
 
@@ -96,7 +106,8 @@ def read_config(folder: Path, flag: str = "--resume") -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{flag}: {folder} is no run folder (no readable config.json in it)") from None
     if not has_checkpoint(folder):
-        raise ValueError(f"{flag}: {folder} has no checkpoint yet; start anew with another --run-dir")
+        way = "start anew with another --run-dir" if flag == "--resume" else "let it train for some phases more"
+        raise ValueError(f"{flag}: {folder} has no checkpoint yet; {way}")
     return config
 
 
@@ -109,9 +120,11 @@ def clear(folder: Path) -> None:
     """Takes away what a run left that was stopped before its first checkpoint, so that it can begin anew there."""
     if not (folder / "config.json").exists():
         return
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for path in (*(folder / name for name in (*LOGS, "config.json", "lock")), *folder.glob("events.out.*")):
-        path.unlink(missing_ok=True)
+    with lock(folder):  # it may not have been stopped at all
+        for name in ("checkpoints", "wandb"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for path in (*(folder / name for name in (*LOGS, "config.json")), *folder.glob("events.out.*")):
+            path.unlink(missing_ok=True)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -260,11 +273,11 @@ def _import_tensorboard() -> Any:
 
 def _append(path: Path, text: str) -> None:
     """Appends whole lines: what a full disk cut off is taken back."""
-    with path.open("a") as file:
-        start = file.tell()
+    with path.open("ab", buffering=0) as file:  # a buffer would be written again when the file is closed
+        start, rest = file.tell(), text.encode()
         try:
-            file.write(text)
-            file.flush()
+            while rest:
+                rest = rest[file.write(rest) :]
         except OSError:
             os.truncate(path, start)
             raise

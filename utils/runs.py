@@ -239,8 +239,9 @@ class Run:
             config = {"flags": flags(self.args), "argv": sys.argv[1:]} | run_folder.describe_machine()
             if self.args.run_dir is None:
                 self.folder = run_folder.reserve(self.folder)
+            self.lock = run_folder.lock(self.folder)
             run_folder.create(self.folder, config)
-        if self.leads:
+        elif self.leads:
             self.lock = run_folder.lock(self.folder)
         self.guide, self.checkpoints = guide, Checkpoints(self.folder) if self.leads else None
         if self.args.resume:
@@ -344,8 +345,8 @@ class Run:
         """
         if failed >= MAX_FAILED:
             raise Diverged(
-                f"gradients were NaN or infinite in {failed} updates in a row, up to phase {self.phase}; it stops, "
-                f"what is saved is sound: {again(self.folder)}, or start anew with a smaller --learning-rate"
+                f"gradients were NaN or infinite in {failed} updates in a row, up to phase {self.phase}; the run "
+                "stops. What it saved is sound, but goes the same way again: start anew with a smaller --learning-rate"
             )
         if skipped and not self.warned:
             self.warned = True

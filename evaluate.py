@@ -8,8 +8,8 @@
     python evaluate.py runs/my-run --play               # one step at a time, in this terminal
     python evaluate.py runs/guided runs/facts --report  # runs side by side
 
-The policy is that of the newest checkpoint, or of --checkpoint; its guidance table is frozen. --pauses lets adapter and
-guide be asked again first. Every env plays the same number of whole episodes, so that short ones do not count more.
+The policy is that of the newest checkpoint, or of --checkpoint; its guidance table is frozen, unless --ask lets adapter
+and guide go on. Every env plays the same number of whole episodes, so that short ones do not count more.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ SHOWN = 10_000  # steps that a film or --play looks for whole episodes in, at mo
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """What to look at. Flags of the guide are for --pauses; without them it is the guide of the run."""
+    """What to look at. Flags of the guide are for --ask; without them it is the guide of the run."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """folders of runs; the first is the one that is filmed and played"""
@@ -66,8 +66,8 @@ class EvalArgs:
     """run: as the run was trained; none: its advice is withheld"""
     env_id: str | None = None
     """play in the original of the run's game, which is not made of JAX: Crafter. Default the run's own env"""
-    pauses: int = 0
-    """pauses, each after a phase of play, in which adapter and guide are asked for more advice before it is frozen"""
+    ask: bool = False
+    """go on asking adapter and guide, as often as the run did, about what is met in the evaluation"""
     video: int = 0
     """films of so many episodes, those with the most return of --num-envs: film-1.mp4, film-1.gif, ..."""
     report: bool = False
@@ -82,7 +82,6 @@ LIMITS = {
     "num_envs": (1, 2**16),
     "seed": (0, 2**32 - 1),
     "video": (0, 100),
-    "pauses": (0, 1000),
 }
 
 
@@ -137,7 +136,7 @@ def load(folder: Path, given: EvalArgs) -> Trained:
         params = like(params, saved["runner"]["params"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"runs: {folder} was made by another version of this code ({error})") from None
-    llm = given.llm if given.pauses else base.llm
+    llm = given.llm if given.ask else base.llm
     return Trained(folder, args, agent, params, table, phase, saved, extra["totals"], llm)
 
 
@@ -155,38 +154,32 @@ def like(template: Any, saved: dict[str, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(take, template)
 
 
-def ask_again(trained: Trained, pauses: int, console: Console) -> None:
-    """Plays a phase and asks adapter and guide about what was met, as training does; their advice goes to the table."""
-    args, agent, table = trained.args, trained.agent, trained.table
-    if not agent.context.guided:
-        raise ValueError(f"--pauses: {trained.folder} was trained with --guidance {args.guidance}; it asks nobody")
-    guide = make_guide(args.llm, agent.env.game, args.seed)
-    guide.check()
-    adapter = make_adapter(args.sft, args.seed)
-    if not isinstance(adapter, NoAdapter):
-        adapter.load_state(trained.saved["adapter"])
-    key_play, key_analyse = jax.random.split(jax.random.key(args.seed))
-    runner, _ = rl.init_runner(args, agent, trained.params, key_play)
-    sample = np.random.default_rng(args.seed)
-    for pause in range(pauses):
-        runner, exposure = rl.draw_exposure(agent, runner, trained.frozen)
-        met: list[dict[str, np.ndarray]] = []
-        for _ in range(args.updates_per_phase):
-            runner, transitions, _ = play(args, agent, runner, trained.frozen, exposure)
-            chosen = sample.integers(args.batch_size, size=agent.context.situations_per_update)
-            both = {"obs": transitions.obs, "facts": transitions.facts}
-            met.append({name: np.asarray(x).reshape(args.batch_size, -1)[chosen] for name, x in both.items()})
-        situations = {name: np.concatenate([some[name] for some in met]) for name in ("obs", "facts")}
-        questions = table.choose_questions(agent.env, situations)
-        write_analyses(adapter, agent.env.game, questions, jax.random.fold_in(key_analyse, pause))
-        table.store(guide.ask(questions).wait())
-        failed = [question.error for question in questions if question.error]
-        say = f"pause {pause + 1} of {pauses}: {len(questions)} questions, {len(failed)} without advice"
-        console.print(say + (f" ({failed[0]})" if failed else ""), markup=False, highlight=False)
-    guide.close()
+class Asker:
+    """Adapter and guide of a run, at work on its table."""
 
+    def __init__(self, trained: Trained):
+        """Raises ValueError, one line, for a run that asks nobody, and for a guide that can't be asked."""
+        args, env = trained.args, trained.agent.env
+        if not trained.agent.context.guided:
+            raise ValueError(f"--ask: {trained.folder} was trained with --guidance {args.guidance}; it asks nobody")
+        self.trained, self.guide = trained, make_guide(args.llm, env.game, args.seed)
+        self.guide.check()
+        self.adapter = make_adapter(args.sft, args.seed)
+        if not isinstance(self.adapter, NoAdapter):
+            self.adapter.load_state(trained.saved["adapter"])
+        self.key, self.asked, self.failed = jax.random.key(args.seed), 0, 0
 
-play = jax.jit(rl.rollout, static_argnums=(0, 1))
+    def __call__(self, obs: jax.Array) -> rl.GuidanceTable:
+        """Asks about some of the situations (N, O), as training does. Returns the table with what was advised."""
+        env, table = self.trained.agent.env, self.trained.table
+        situations = {"obs": np.asarray(obs), "facts": np.asarray(env.facts(jnp.asarray(obs)))}
+        questions = table.choose_questions(env, situations)
+        self.key, key_analyse = jax.random.split(self.key)
+        write_analyses(self.adapter, env.game, questions, key_analyse)
+        table.store(self.guide.ask(questions).wait())
+        self.asked += len(questions)
+        self.failed += sum(bool(question.error) for question in questions)
+        return self.trained.frozen
 
 
 # --------------------------------------------------------------------------------------------------
@@ -209,11 +202,14 @@ def evaluate(trained: Trained, given: EvalArgs, console: Console) -> dict[str, A
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"playing {trained.folder.name}", total=None)
         update = functools.partial(show, progress, task)
-        args, agent = trained.args, trained.agent
+        args, agent, ask = trained.args, trained.agent, Asker(trained) if given.ask else None
         if given.env_id:
-            result = evaluate_original(trained, given, update)
+            result = evaluate_original(trained, given, update, ask)
         else:
-            result = rl.evaluate(args, agent, trained.params, trained.frozen, key, update, watch)
+            result = rl.evaluate(args, agent, trained.params, trained.frozen, key, update, watch, ask)
+    if ask:
+        ask.guide.close()
+        result |= {"questions": ask.asked, "questions_failed": ask.failed}
     return result | by_name(agent.env.env, result.pop("watched", {}), result["eval_episodes"])
 
 
@@ -234,12 +230,12 @@ def by_name(env: Any, watched: dict[str, np.ndarray], episodes: int) -> dict[str
     return {"habits": habits, "deaths": deaths}
 
 
-def evaluate_original(trained: Trained, given: EvalArgs, update: Any) -> dict[str, Any]:
+def evaluate_original(trained: Trained, given: EvalArgs, update: Any, ask: Asker | None) -> dict[str, Any]:
     """Plays whole episodes of the original game, on the host. Returns what `rladapter_ppo.evaluate` does."""
     games, agent = original_games(trained, given.num_envs, given.seed)
     tally = Tally(agent.env.game, given.num_envs, trained.args.eval_episodes)
     earned, lasted = np.zeros(given.num_envs), np.zeros(given.num_envs)
-    for step in play_original(trained, agent, games, jax.random.key(given.seed)):
+    for step in play_original(trained, agent, games, jax.random.key(given.seed), ask):
         earned, lasted = earned + step["reward"], lasted + 1
         episode = {"episodic_return": earned, "episodic_length": lasted, "achievements": step["achievements"]}
         watched = watch_step(agent.env, *(step[name] for name in ("obs", "action", "next_obs", "done")))
@@ -283,7 +279,9 @@ class Shown:
         return state
 
 
-def play_original(trained: Trained, agent: rl.Agent, games: Any, key: jax.Array) -> Iterator[dict[str, Any]]:
+def play_original(
+    trained: Trained, agent: rl.Agent, games: Any, key: jax.Array, ask: Asker | None = None
+) -> Iterator[dict[str, Any]]:
     """Plays on and on. Yields what was seen and done at each step, and what came of it."""
     args, table, num_actions, obs = trained.args, trained.frozen, len(agent.env.game.actions), games.observe()
     key, key_exposure = jax.random.split(key)
@@ -291,6 +289,7 @@ def play_original(trained: Trained, agent: rl.Agent, games: Any, key: jax.Array)
     memory, previous = np.zeros((len(obs), args.rnn_size), np.float32), np.full(len(obs), num_actions, np.int32)
     for t in itertools.count():
         if t and t % (args.num_steps * args.updates_per_phase) == 0:  # as often as in training
+            table = ask(obs) if ask else table
             key, key_exposure = jax.random.split(key)
             exposure = rl.draw_exposures(table, key_exposure, agent.env.facts(jnp.asarray(obs)))
         key, key_action = jax.random.split(key)
@@ -453,7 +452,7 @@ def guide_name(trained: Trained) -> str:
 
 def eval_file(folder: Path, given: EvalArgs) -> Path:
     """Names the file of an evaluation: eval.json, with what is unusual about it in the name."""
-    odd = ["unguided" if given.guidance == "none" else None, "asked" if given.pauses else None]
+    odd = ["unguided" if given.guidance == "none" else None, "asked" if given.ask else None]
     odd.append(given.env_id and given.env_id.lower())
     return folder / f"{'-'.join(['eval', *filter(None, odd)])}.json"
 
@@ -469,7 +468,7 @@ def evaluate_and_write(trained: Trained, given: EvalArgs, argv: list[str], conso
         "guidance": trained.args.guidance if given.guidance == "run" else "none",
         "guide": guide_name(trained),
         "seed": given.seed,
-        "pauses": given.pauses,
+        "ask": given.ask,
     } | evaluate(trained, given, console)
     path = eval_file(trained.folder, given)
     try:
@@ -511,7 +510,19 @@ def result_tables(results: dict[str, dict[str, Any]]) -> list[Table]:
     for name in order:
         values = [f"{100 * r['achievements'].get(name, 0):.0f}" for r in results.values()]
         rates.add_row(name.replace("_", " "), *values, *([f"{human[name]:.0f}"] if human else []))
-    return [overall, rates, *habit_tables(results)]
+    return [overall, *([published_table()] if human else []), rates, *habit_tables(results)]
+
+
+def published_table() -> Table:
+    """What others reached, the highest score first."""
+    table = Table(title="Published", title_justify="left")
+    for name in ("method", "observation", "LLM", "env steps"):
+        table.add_column(name)
+    for name in ("score %", "return"):
+        table.add_column(name, justify="right")
+    for *words, score, mean_return, _ in sorted(published.PUBLISHED, key=lambda row: -(row[4] or 0)):
+        table.add_row(*words, *("-" if x is None else f"{x:.1f}" for x in (score, mean_return)))
+    return table
 
 
 def habit_tables(results: dict[str, dict[str, Any]]) -> list[Table]:
@@ -541,8 +552,6 @@ def main(given: EvalArgs, argv: list[str]) -> None:
     console, results = Console(), {}
     for number, folder in enumerate(given.runs):
         trained = load(folder, given)
-        if given.pauses:
-            ask_again(trained, given.pauses, console)
         name = folder.name if folder.name not in results else str(folder)
         results[name] = (
             evaluate_and_write(trained, given, argv, console) if given.episodes else read_evaluation(folder, given)
@@ -566,8 +575,8 @@ def check(given: EvalArgs) -> None:
     check_ranges(given.llm, llm_client.LIMITS)
     if not given.runs:
         raise ValueError("runs: name the folder of a run, for example runs/my-run")
-    if given.guidance == "none" and given.pauses:
-        raise ValueError("--guidance none: nobody is asked without guidance; leave --pauses out")
+    if given.guidance == "none" and given.ask:
+        raise ValueError("--guidance none: nobody is asked without guidance; leave --ask out")
     if given.env_id and (given.video or given.play):
         raise ValueError(f"--env-id {given.env_id}: films and --play are of the run's own env; leave one of them out")
 
@@ -575,7 +584,7 @@ def check(given: EvalArgs) -> None:
 def read_args(argv: list[str]) -> EvalArgs:
     """Parses flags. Those of the guide have the first run's values unless they are given."""
     given = tyro.cli(EvalArgs, args=argv)
-    if given.pauses and given.runs:
+    if given.ask and given.runs:
         flags = run_folder.read_config(given.runs[0], "runs")["flags"]
         given = tyro.cli(EvalArgs, args=argv, default=EvalArgs((), llm=runs.args_from_flags(LlmArgs, dict(flags))))
     return given

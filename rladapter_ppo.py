@@ -668,12 +668,14 @@ def evaluate(
     key: jax.Array,
     report: Callable[[int, int], None] = lambda done, total: None,
     watch: Callable[..., dict[str, jax.Array]] = watch_nothing,
+    ask: Callable[[jax.Array], GuidanceTable] | None = None,
 ) -> dict[str, Any]:
     """Plays fresh episodes: sampled actions, a frozen table, every env the same number of whole episodes.
 
     Args:
         report: called with the episodes played and the total
         watch: see `watch_nothing`
+        ask: called with what the envs see (N, O) as often as training pauses; gives the table to go on with
     Returns:
         what `Tally.result` does
     """
@@ -681,6 +683,7 @@ def evaluate(
     runner, _ = init_runner(args, agent, params, agent.env.put(key))  # the scale of values does not matter here
     for chunk in itertools.count():
         if chunk % args.updates_per_phase == 0:  # as often as in training
+            table = ask(agent.env.observe(runner.env_state)) if chunk and ask else table
             runner, exposure = draw_exposure(agent, runner, table)
         runner, *played = evaluate_steps(args, agent, watch, runner, table, exposure)
         tally.add(*agent.env.to_host(played))

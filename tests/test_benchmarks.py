@@ -351,7 +351,7 @@ def test_a_suite_from_training_to_verdict(toy_runs, tmp_path, capsys):
     )
     assert found["curve"]["llm_calls"][-1] == found["summary"]["llm_calls"] > 0
     assert set(loaded["none"][1]["curve"]["llm_calls"]) == {0}
-    for name in plot.FIGURES.keys() - {"results_ablations.png"}:
+    for name in plot.FIGURES.keys() - {"results_ablations.png", "results_habits.png"}:
         assert (tmp_path / name).stat().st_size > 5000, name
     assert not (tmp_path / "results_ablations.png").exists()  # neither variant is one
     shown = (tmp_path / "tables.md").read_text()

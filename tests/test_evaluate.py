@@ -16,6 +16,7 @@ from rich.console import Console
 from test_runs import ROOT, TOY
 
 import evaluate
+import llm_client
 import rladapter_ppo as rl
 from envs.crafter import CRAFTER as CRAFTER_GAME
 from envs.scores import Tally, score
@@ -134,14 +135,20 @@ def test_runs_side_by_side(run, tmp_path, capsys):
     assert "other" in page and not (other / "report.html").exists()
 
 
-def test_adapter_and_guide_can_be_asked_again(run, capsys):
-    flags = [str(run), "--episodes", "8", "--num-envs", "8", "--pauses", "2"]
-    assert evaluate.cli(flags) == 0
-    assert "pause 2 of 2: " in capsys.readouterr().out
-    assert (run / "eval-asked.json").exists() and not (run / "eval.json").exists()
-    assert "leave --pauses out" in refused(capsys, *flags, "--guidance", "none")
-    assert evaluate.cli([*flags, "--llm", "http"]) == 2  # flags of the guide are read: no server is named
-    assert "--llm-model" in capsys.readouterr().err
+def test_adapter_and_guide_can_be_asked_on(run, capsys, monkeypatch):
+    """The guide that is named is asked, about what is met; the run's own table and evaluation stay as they are."""
+    asked = []
+    real = llm_client.RandomGuide.complete
+    monkeypatch.setattr(llm_client.RandomGuide, "complete", lambda self, qs: asked.extend(qs) or real(self, qs))
+    flags = [str(run), "--episodes", "64", "--num-envs", "8", "--ask"]  # episodes of 8 steps, phases of 32
+    assert evaluate.cli([*flags, "--llm", "random"]) == 0
+    result = json.loads((run / "eval-asked.json").read_text())
+    assert len(asked) == result["questions"] > 0 == result["questions_failed"] and result["guide"] == "random (no LLM)"
+    assert not (run / "eval.json").exists()
+    assert evaluate.cli(flags) == 0  # the run's own guide
+    assert json.loads((run / "eval-asked.json").read_text())["guide"] == "rules (no LLM)"
+    assert "--llm-model" in refused(capsys, *flags, "--llm", "http")
+    assert "leave --ask out" in refused(capsys, *flags, "--guidance", "none")
 
 
 def test_human_experts_stand_beside_crafters_rates():
@@ -152,6 +159,7 @@ def test_human_experts_stand_beside_crafters_rates():
         console.print(table)
     lines = console.file.getvalue().splitlines()
     assert any("collect diamond" in line and "25" in line and "12" in line for line in lines)
+    assert any("Achievement Distillation" in line and "21.8" in line and "12.6" in line for line in lines)
 
 
 def test_habits_are_counted_over_whole_episodes(crafter_run, monkeypatch):
@@ -340,7 +348,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, capsys):
 def test_a_guided_run_only_can_ask(toy_run, tmp_path, capsys):
     plain = tmp_path / "plain"
     assert rl.cli([*TOY, "--total-timesteps", "256", "--guidance", "none", "--run-dir", str(plain)]) == 0
-    assert "asks nobody" in refused(capsys, plain, "--num-envs", 8, "--pauses", 1)
+    assert "asks nobody" in refused(capsys, plain, "--num-envs", 8, "--ask")
 
 
 def test_every_documented_command_parses():
@@ -348,4 +356,4 @@ def test_every_documented_command_parses():
     commands = [command for text in texts for command in re.findall(r"python evaluate\.py ([^`|#\n]*)", text)]
     assert len(commands) > 10
     for command in commands:
-        evaluate.check(evaluate.read_args([word for word in shlex.split(command) if word != "--pauses"]))
+        evaluate.check(evaluate.read_args([word for word in shlex.split(command) if word != "--ask"]))

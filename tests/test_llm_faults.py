@@ -126,13 +126,13 @@ def run(patch, tmp_path_factory):
 def test_a_fault_is_counted_the_guidance_kept_and_the_server_asked_again(run, name):
     phase = 1 + 2 * list(FAULTS).index(name)
     before, during, after = run["metrics"][phase - 1 : phase + 2]
-    asked = [record for record in run["guidance"] if record["phase"] == phase]
+    asked = [record for record in run["guidance"] if record["phase"] == phase and not record["cached"]]
     said = FAULTS[name][1]
     assert asked and during["llm/failures"] == (len(asked) if said else 0)
     assert all(said in record["error"] and record["error"].isprintable() for record in asked) or not said
     assert all(not record["rows"] for record in asked) or not said
     assert during["guidance/coverage"] == before["guidance/coverage"] == after["guidance/coverage"] == 1.0
-    assert during["guidance/rows"] == before["guidance/rows"] == 4
+    assert during["guidance/rows"] == before["guidance/rows"] == 2
     assert after["llm/failures"] == 0 and after["llm/calls"] > 0 and after["guidance/valid_replies"] > 0
     assert during["time/llm_wait"] < 5
 
@@ -165,7 +165,7 @@ def test_a_server_that_is_lost_for_good_in_mid_run(patch, tmp_path, fault, capfd
     assert train(patch, tmp_path / "run", server, 5, before_phase) == 0
     metrics = lines(tmp_path / "run/metrics.jsonl")
     assert [m["llm/failures"] > 0 for m in metrics] == [False, False, True, True, True]
-    assert metrics[-1]["guidance/rows"] == 4 and metrics[-1]["guidance/coverage"] == 1.0
+    assert metrics[-1]["guidance/rows"] == 2 and metrics[-1]["guidance/coverage"] == 1.0
     shown = "".join(capfd.readouterr())
     assert KEY not in shown and "Traceback" not in shown
     if fault != "refused":

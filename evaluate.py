@@ -40,7 +40,7 @@ from envs.nearest import IN_VIEW
 from envs.scores import Tally
 from guidance import HostTable
 from llm_client import LlmArgs, make_guide
-from rladapter_adapter import NoAdapter, make_adapter, write_analyses
+from rladapter_adapter import make_adapter, write_analyses
 from utils import devices, film, published, report, run_folder, runs, terminal
 from utils.cli import BigInt, check_ranges, exit_code
 from utils.compilation import use_compilation_cache
@@ -165,18 +165,22 @@ class Asker:
         self.trained, self.guide = trained, make_guide(args.llm, env.game, args.seed)
         self.guide.check()
         self.adapter = make_adapter(args.sft, args.seed)
-        if not isinstance(self.adapter, NoAdapter):
-            self.adapter.load_state(trained.saved["adapter"])
+        self.adapter.load_state(trained.saved.get("adapter", {}))  # a checkpoint leaves out what is empty
         self.key, self.asked, self.failed = jax.random.key(args.seed), 0, 0
 
-    def __call__(self, obs: jax.Array) -> rl.GuidanceTable:
-        """Asks about some of the situations (N, O), as training does. Returns the table with what was advised."""
+    def __call__(self, obs: jax.Array, version: Any = None) -> rl.GuidanceTable:
+        """Asks about some of the situations (N, O), as training does. Returns the table with what was advised.
+
+        Of another version of the game new advice heeds the demands, too (`heed`).
+        """
         env, table = self.trained.agent.env, self.trained.table
         situations = {"obs": np.asarray(obs), "facts": np.asarray(env.facts(jnp.asarray(obs)))}
         questions = table.choose_questions(env, situations)
         self.key, key_analyse = jax.random.split(self.key)
         write_analyses(self.adapter, env.game, questions, key_analyse)
         table.store(self.guide.ask(questions).wait())
+        if version is not None:
+            heed(table, version)
         self.asked += len(questions)
         self.failed += sum(bool(question.error) for question in questions)
         return self.trained.frozen
@@ -289,7 +293,7 @@ def play_original(
     memory, previous = np.zeros((len(obs), args.rnn_size), np.float32), np.full(len(obs), num_actions, np.int32)
     for t in itertools.count():
         if t and t % (args.num_steps * args.updates_per_phase) == 0:  # as often as in training
-            table = ask(obs) if ask else table
+            table = ask(obs, games.game) if ask else table
             key, key_exposure = jax.random.split(key)
             exposure = rl.draw_exposures(table, key_exposure, agent.env.facts(jnp.asarray(obs)))
         key, key_action = jax.random.split(key)

@@ -19,6 +19,8 @@ import evaluate
 import llm_client
 import rladapter_ppo as rl
 from envs.crafter import CRAFTER as CRAFTER_GAME
+from envs.crafter import captions
+from envs.crafter.vocabulary import INVENTORY
 from envs.scores import Tally, score
 from envs.toy import TOY as TOY_GAME
 from utils import film, published, run_folder, runs, terminal
@@ -289,6 +291,14 @@ def test_advice_heeds_what_the_original_demands(crafter_run):
     evaluate.heed(table, original.GAME)
     assert table.reasons_text(0) == ["stone >= 4"] and table.reasons_text(1) == []
     assert CRAFTER_GAME.needs["place furnace"] == ("stone >= 1",)
+    ask = evaluate.Asker(evaluate.load(crafter_run, given(crafter_run, ask=True)))
+    obs = np.zeros((1, captions.OBS_SIZE), np.uint8)
+    obs[:, captions.INVENTORY_SLICE.start + INVENTORY.index("stone")] = 1
+    ask.trained.table.rows.valid[:] = False
+    ask(obs, original.GAME)  # what is advised from then on, too
+    table = ask.trained.table
+    advised = [table.reasons_text(row) for row in np.flatnonzero(table.rows.valid & (table.rows.goal == furnace))]
+    assert advised and all("stone >= 4" in reasons for reasons in advised)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -335,36 +335,40 @@ class Checkpoints:
             phase; arrays like those given; situations, of any number, those given where none were saved; extra
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays)
-        items = {"arrays": ocp.args.StandardRestore(abstract), "extra": ocp.args.JsonRestore()}
-        if not self.manager.all_steps():
-            raise ValueError(f"--resume: {self.folder} has no whole checkpoint; start anew with another --run-dir")
-        for phase in sorted(self.manager.all_steps(), reverse=True):
-            try:
-                if (self.folder / "checkpoints" / str(phase) / "situations").exists():
-                    items["situations"] = ocp.args.StandardRestore()
-                restored = self.manager.restore(phase, args=ocp.args.Composite(**items))
-                met = to_numpy(restored["situations"]) if "situations" in items else situations
-                return phase, restored["arrays"], met, restored["extra"]
-            except Exception as error:
-                reason = clean_line(str(error))
-                print(f"warning: checkpoint {phase} of {self.folder} can't be read ({reason})", file=sys.stderr)
-        raise ValueError(f"--resume: no checkpoint of {self.folder} fits this code; start anew with another --run-dir")
+        found = self._newest(self._phases(), ocp.args.StandardRestore(abstract))
+        if found is None:
+            way = "start anew with another --run-dir"
+            raise ValueError(f"--resume: no checkpoint of {self.folder} fits this code; {way}")
+        phase, restored = found
+        met = to_numpy(restored["situations"]) if "situations" in restored else situations
+        return phase, restored["arrays"], met, restored["extra"]
 
     def read(self, phase: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
         """Reads what `read_checkpoint` returns."""
-        there = sorted(self.manager.all_steps(), reverse=True)
+        there = self._phases()
         if phase is not None and phase not in there:
             choice = " or ".join(map(str, there))
             raise ValueError(f"--checkpoint: {self.folder} has none of phase {phase}; choose {choice}")
-        items = {"arrays": ocp.args.StandardRestore(), "extra": ocp.args.JsonRestore()}
-        for number in there if phase is None else [phase]:
+        found = self._newest(there if phase is None else [phase], ocp.args.StandardRestore())
+        if found is None:
+            raise ValueError(f"runs: no checkpoint of {self.folder} can be read")
+        return found[0], found[1]["arrays"], found[1]["extra"]
+
+    def _phases(self) -> list[int]:
+        return sorted(self.manager.all_steps(), reverse=True)
+
+    def _newest(self, phases: list[int], arrays: Any) -> tuple[int, Any] | None:
+        """Reads the first readable checkpoint of these phases, its arrays as `arrays` says. None if none is."""
+        for phase in phases:
+            items = {"arrays": arrays, "extra": ocp.args.JsonRestore()}
+            if (self.folder / "checkpoints" / str(phase) / "situations").exists():
+                items["situations"] = ocp.args.StandardRestore()
             try:
-                restored = self.manager.restore(number, args=ocp.args.Composite(**items))
-                return number, restored["arrays"], restored["extra"]
+                return phase, self.manager.restore(phase, args=ocp.args.Composite(**items))
             except Exception as error:
                 reason = clean_line(str(error))
-                print(f"warning: checkpoint {number} of {self.folder} can't be read ({reason})", file=sys.stderr)
-        raise ValueError(f"runs: no checkpoint of {self.folder} can be read")
+                print(f"warning: checkpoint {phase} of {self.folder} can't be read ({reason})", file=sys.stderr)
+        return None
 
     def close(self) -> None:
         self.manager.close()

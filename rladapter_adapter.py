@@ -514,7 +514,7 @@ class Adapter:
         self.beginning: list[int] | None = None  # the tokens all prompts begin with, once known
         self.prefix: Any = None  # the keys and values of these; None again when the weights change
         self.temperature, self.max_tokens = SftArgs.adapter_temperature, SftArgs.adapter_max_tokens
-        self.warned = False
+        self.warned: set[str] = set()  # kinds of warnings that were printed
 
     def encode_example(self, prompt: str, response: str) -> Text:
         """Returns the tokens of both, an end token last, that fit the context together."""
@@ -577,13 +577,17 @@ class Adapter:
 
     def warn_that_it_names_nothing(self) -> None:
         """Says once that all analyses of a pause were in vain."""
-        if not self.warned:
-            print(
-                "warning: no analysis of this pause names a sub-goal, so a guide can't follow any, and --sft-data best "
-                "finds no example; try a lower --adapter-temperature, or another --adapter",
-                file=sys.stderr,
-            )
-        self.warned = True
+        self.warn(
+            "names nothing",
+            "no analysis of this pause names a sub-goal, so a guide can't follow any, and --sft-data best finds no "
+            "example; try a lower --adapter-temperature, or another --adapter",
+        )
+
+    def warn(self, kind: str, message: str) -> None:
+        """Prints a warning, unless there was one of its kind before."""
+        if kind not in self.warned:
+            print(f"warning: {message}", file=sys.stderr)
+        self.warned.add(kind)
 
     def room_for(self, max_new_tokens: int) -> int:
         """Returns how many tokens of a prompt the context has room for beside the new ones."""
@@ -609,8 +613,8 @@ class Adapter:
 
         The share `held_out` of the examples, at least one, only measures `nll_before` and `nll_after`:
         nats per response token, end token included. Fewer than four examples all measure and train.
-        `sft_loss` is the mean training loss. A step that is not finite ends the fine-tuning
-        (`sft_stopped`); the weights before it stay.
+        `sft_loss` is the mean training loss. A loss or a step that is not finite ends the fine-tuning
+        (`sft_stopped`); the last weights with which the loss was finite stay.
         """
         if not examples:
             return {}
@@ -626,19 +630,23 @@ class Adapter:
             for epoch in range(epochs)
             for i, batch in enumerate(batches(training, SFT_ROWS, rng.permutation(len(training["tokens"]))))
         )
-        losses, finite, rate = [], True, jnp.float32(learning_rate)
+        losses, finite, rate, self.prefix = [], True, jnp.float32(learning_rate), None
+        good = self.lora, self.optimizer
         for key_step, batch in steps:
             lora, optimizer, value, finite = sft_step(
                 self.graphdef, loss, self.base, self.lora, self.optimizer, batch, rate, key_step
             )
             if not finite:
                 break
+            good = self.lora, self.optimizer
             self.lora, self.optimizer = lora, optimizer
             losses.append(float(value))
-        self.prefix = None
+        after = self.nll(measured) if losses else before
+        if losses and not (math.isfinite(value) and math.isfinite(after)):  # it is the last step that was too much
+            (self.lora, self.optimizer), finite = good, False
+            after = self.nll(measured)
         return {
-            "sft_loss": float(np.mean(losses)) if losses else before,
-            "nll_before": before, "nll_after": self.nll(measured) if losses else before,
+            "sft_loss": float(np.mean(losses)) if losses else before, "nll_before": before, "nll_after": after,
             "examples": len(examples), "held_out": num_held, "sft_stopped": int(not finite),
         }  # fmt: skip
 

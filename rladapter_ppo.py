@@ -795,8 +795,21 @@ def phase_metrics(args: Args, game: Game, sums: dict[str, Any], num_updates: int
 def tune_adapter(
     args: Args, adapter: Any, examples: list[tuple[str, str]], key: jax.Array
 ) -> tuple[dict[str, float], list[dict[str, str]]]:
-    """Fine-tunes the adapter. Returns metrics, and the lines of examples.jsonl."""
-    tuned = adapter.finetune(examples, key, learning_rate=args.sft.sft_learning_rate)
+    """Fine-tunes the adapter. Returns metrics, and the lines of examples.jsonl.
+
+    Training goes on where that fails: with loss or gradients that are no numbers, or without memory for it.
+    """
+    try:
+        tuned = adapter.finetune(examples, key, learning_rate=args.sft.sft_learning_rate)
+        reason, way = "its loss or gradients became NaN or infinite", "a lower --sft-learning-rate"
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+            raise
+        tuned = {"examples": len(examples), "sft_stopped": 1}
+        reason, way = "it ran out of memory", "a smaller --adapter"
+    if tuned.get("sft_stopped"):
+        kept = "the last good weights are kept and training goes on"
+        adapter.warn(reason, f"a fine-tuning of the adapter was stopped, {reason}; {kept}; try {way}")
     tuned |= {"cut_prompts": adapter.cut_prompts}
     lines = [{"prompt": prompt, "response": response} for prompt, response in examples]
     return {f"adapter/{name}": value for name, value in tuned.items()}, lines

@@ -339,6 +339,15 @@ def test_an_infinite_step_keeps_the_last_good_weights(adapter):
     assert result["nll_after"] == result["nll_before"]
 
 
+def test_a_step_too_far_is_taken_back(adapter):
+    """A step may leave weights that are numbers and a loss that is none, be it the last step or not."""
+    before = jax.tree.map(np.array, adapter.state())
+    for epochs in (1, 2):
+        result = adapter.finetune(TOYS, jax.random.key(1), epochs=epochs, learning_rate=1e18)
+        jax.tree.map(np.testing.assert_array_equal, before, adapter.state())
+        assert result["sft_stopped"] == 1 and result["nll_after"] == result["nll_before"]
+
+
 def test_fresh_lora_equals_the_base(adapter):
     tokens = some_tokens(adapter, 8)[None]
     adapted = logits_of(adapter, tokens)
@@ -1173,5 +1182,5 @@ def test_a_pause_whose_analyses_name_nothing_warns_once(capsys, monkeypatch):
         return capsys.readouterr().err
 
     assert "names a sub-goal" in pause() and pause() == ""
-    adapter.warned, texts[1] = False, "Try to chop tree."
+    adapter.warned, texts[1] = set(), "Try to chop tree."
     assert pause() == ""

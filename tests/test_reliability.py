@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from test_runs import ROOT, TOY
 
+import rladapter_adapter
 import rladapter_ppo as rl
 from utils import compilation, devices, run_folder, runs
 
@@ -347,6 +348,38 @@ def test_a_minibatch_without_numbers_is_left_out(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("gradients were NaN") == 1
     saved = run_folder.read_checkpoint(tmp_path / "run")[1]["runner"]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved))
+
+
+TUNED = "--adapter", str(ROOT / "assets/adapter-tiny"), "--sft-every", 1, "--sft-data", "all"
+
+
+def without_adapter(folder):
+    """Logs without the times, and without what was measured of the adapter; and the policy at the end."""
+    logs = contents(folder, "metrics.jsonl", "guidance.jsonl", "outcomes.jsonl")
+    logs = [[{name: x for name, x in line.items() if not name.startswith("adapter/")} for line in log] for log in logs]
+    return logs, jax.tree.map(np.asarray, run_folder.read_checkpoint(folder)[1]["runner"]["params"])
+
+
+@pytest.mark.parametrize("how", ["diverges", "no memory"])
+def test_an_adapter_that_cannot_be_tuned_never_touches_the_policy(how, tmp_path, monkeypatch, capsys):
+    """The run is, bit for bit, one in which the adapter is not tuned at all."""
+    assert train("--run-dir", tmp_path / "never", *TUNED, "--sft-every", 0) == 0
+    capsys.readouterr()
+    if how == "diverges":
+        monkeypatch.setitem(rladapter_adapter.LIMITS, "sft_learning_rate", (0, 1e38))
+        flags = "--sft-learning-rate", 1e30
+    else:
+        flags, too_large = (), lambda *_: jax.jit(lambda x: x + jnp.zeros((2**22, 2**22)))(1.0)  # 70 TB
+        monkeypatch.setattr(rladapter_adapter, "sft_step", too_large)
+    assert train("--run-dir", tmp_path / "run", *TUNED, *flags) == 0
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "a fine-tuning of the adapter was" in line]
+    assert "warning: " in said and ("NaN" in said if how == "diverges" else "memory" in said)
+    metrics = run_folder.read_log(tmp_path / "run", "metrics.jsonl")
+    assert [m["adapter/sft_stopped"] for m in metrics] == [1] * len(metrics)
+    (logs, policy), (expected_logs, expected) = (without_adapter(tmp_path / name) for name in ("run", "never"))
+    assert logs == expected_logs and jax.tree.all(jax.tree.map(np.array_equal, policy, expected))
+    tuned, untuned = (run_folder.read_checkpoint(tmp_path / name)[1]["adapter"] for name in ("run", "never"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, tuned, untuned))
 
 
 def test_lines_are_cut_at_line_feeds_alone(tmp_path):

@@ -306,6 +306,61 @@ def test_tracking_without_wandb_is_refused_before_anything_is_made(tmp_path, cap
     assert "--track" in error and "pip install wandb" in error and not (tmp_path / "run").exists()
 
 
+class Wandb:
+    """The part of wandb that is used: as in 0.31, `login` raises without a key and a terminal, but not offline."""
+
+    def __init__(self, problem=None):
+        self.problem, self.logged, self.finished = problem, [], 0
+
+    def login(self):
+        offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
+        if not offline and "WANDB_API_KEY" not in os.environ:
+            raise RuntimeError("No API key configured.\nUse `wandb login` to log in.")
+        return not offline
+
+    def init(self, **settings):
+        if self.problem:
+            raise RuntimeError(self.problem)
+        return self
+
+    def log(self, tagged, step):
+        self.logged.append((tagged, step))
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    fake = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_tracking_without_a_login_is_refused_before_anything_is_made(tmp_path, capsys, wandb):
+    error = error_of(capsys, *TOY, "--track", "--run-dir", str(tmp_path / "run"))
+    assert "--track" in error and "No API key" in error and "WANDB_MODE=offline" in error
+    assert not (tmp_path / "run").exists() and not wandb.logged
+
+
+@pytest.mark.parametrize("name, value", [("WANDB_MODE", "offline"), ("WANDB_MODE", "disabled"), ("WANDB_API_KEY", "k")])
+def test_tracking_offline_needs_no_login(name, value, tmp_path, monkeypatch, wandb):
+    monkeypatch.setenv(name, value)
+    assert run(tmp_path / "run", "--track") == 0 and wandb.finished == 1
+    metrics = lines(tmp_path / "run/metrics.jsonl")
+    assert [step for _, step in wandb.logged] == [m["global_step"] for m in metrics]
+    assert wandb.logged[0][0]["losses/policy_loss"] == metrics[0]["losses/policy_loss"]
+
+
+def test_where_tracking_does_not_start_training_goes_on(tmp_path, monkeypatch, capsys, wandb):
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    wandb.problem = "timed out"
+    assert run(tmp_path / "run", "--track") == 0 and (tmp_path / "run/summary.json").exists()
+    assert "can't start Weights & Biases (timed out)" in capsys.readouterr().err
+
+
 def test_flags_that_do_not_parse(capsys):
     for bad in (
         ["--total-timesteps", "many"],

@@ -283,19 +283,33 @@ def _append(path: Path, text: str) -> None:
             raise
 
 
-def import_wandb() -> Any:
-    """Imports Weights & Biases. Raises ValueError, one line, where it is not installed."""
+def check_wandb() -> None:
+    """Logs in to Weights & Biases, or asks for the key where there is a terminal; offline it needs none.
+
+    Raises ValueError, one line, where it is not installed, or takes no login.
+    """
     try:
         import wandb
     except ImportError:
         raise ValueError(
             "--track: Weights & Biases is not installed; pip install wandb, or leave --track out"
         ) from None
-    return wandb
+    try:
+        wandb.login()
+    except Exception as error:  # no key and no terminal to ask at, a key that is refused, no network
+        way = "set WANDB_API_KEY, or WANDB_MODE=offline, or leave --track out"
+        raise ValueError(f"--track: can't log in to Weights & Biases ({clean_line(str(error))}); {way}") from None
 
 
 def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
-    return import_wandb().init(project="rladapter-jax", name=folder.name, dir=str(folder), config=config)
+    """Begins a run of W&B. None, after a warning, where it does not come about: training goes on without."""
+    import wandb
+
+    try:
+        return wandb.init(project="rladapter-jax", name=folder.name, dir=str(folder), config=config)
+    except Exception as error:
+        print(f"warning: can't start Weights & Biases ({clean_line(str(error))}); training goes on", file=sys.stderr)
+        return None
 
 
 class Checkpoints:

@@ -193,8 +193,8 @@ class Run:
     def __init__(self, args: Any):
         self.args, self.leads = args, devices.is_leader()
         self.folder = args.resume or args.run_dir or run_folder.default_folder(args.env_id, args.exp_name, args.seed)
-        if args.track and not args.dry_run:
-            run_folder.import_wandb()
+        if args.track and self.leads and not args.dry_run:
+            run_folder.check_wandb()
         if self.leads and args.run_dir and not (args.resume or args.dry_run):
             run_folder.check_free(self.folder)
         self.phase = 0

@@ -164,7 +164,7 @@ class Asker:
             raise ValueError(f"--ask: {trained.folder} was trained with --guidance {args.guidance}; it asks nobody")
         self.trained, self.guide = trained, make_guide(args.llm, env.game, args.seed)
         self.guide.check()
-        self.adapter = make_adapter(args.sft, args.seed)
+        self.adapter = make_adapter(args.sft, args.seed, env.game)
         self.adapter.load_state(trained.saved.get("adapter", {}))  # a checkpoint leaves out what is empty
         self.key, self.asked, self.failed = jax.random.key(args.seed), 0, 0
 

@@ -52,6 +52,7 @@ from utils.llm_http import (
 
 MAX_SUB_GOALS = 6  # of a reply
 MAX_ANALYSIS = 1_000  # characters of the adapter's analysis that are passed on
+HEEDED = 0.75  # share of the analyses that `rules` with other knowledge follows; SmolLM2's share: docs/adapter.md
 DEADLINE = 600.0  # seconds that all calls of one pause may take
 MANY_TIMEOUTS = 0.1  # share of a pause's requests that time out from which a warning says so
 
@@ -66,6 +67,9 @@ class LlmArgs:
     llm: Literal["rules", "http", "random", "shuffled", "replay"] = "rules"
     """the guide that gives advice. rules: an offline stand-in that is no LLM; http: any OpenAI-compatible server;
     random: a control; shuffled: a control, rules with its sub-goals exchanged; replay: what another run's guide said"""
+    rules_knowledge: Literal["expert", "minecraft"] = "expert"
+    """what --llm rules knows. expert: the game; minecraft: another game, an experiment: what an LLM that does not know
+    the task is worth, and what the adapter's analyses add"""
     llm_model: str = ""
     """name of the model for --llm http"""
     llm_base_url: str = "http://127.0.0.1:8000/v1"
@@ -414,6 +418,11 @@ class Guide:
             question.messages = build_messages(self.game, question.caption, question.sub_goals, question.analysis)
         return Pause(self, questions, background)
 
+    def generator(self, question: Question) -> np.random.Generator:
+        """Returns a generator that draws the same for a question in any process."""
+        drawing = json.dumps([self.seed, question.sample, question.messages])
+        return np.random.default_rng(int.from_bytes(hashlib.sha256(drawing.encode()).digest()[:16], "big"))
+
     def resume(self, questions: int, calls: int, cost: float) -> None:
         """Takes note of the questions, calls and money of a run that goes on."""
 
@@ -517,13 +526,27 @@ class NoGuide(Guide):
 
 
 class RulesGuide(Guide):
-    """Stands in for an LLM: follows the rules of the game, and heeds sub-goals that the analysis names."""
+    """Stands in for an LLM: follows the rules of the game, and heeds sub-goals that the analysis names.
+
+    Or follows the rules of another game, and an analysis as often as a real model was seen to. Raises ValueError, one
+    line, where nobody has written down what that other game is like.
+    """
 
     name = "rules"
 
+    def __init__(self, game: Game, seed: int = 0, knowledge: str = "expert") -> None:
+        super().__init__(game, seed)
+        known = {"expert": game.advise, **game.believers}
+        if knowledge not in known:
+            raise ValueError(f"--rules-knowledge: {game.name} has no rules {knowledge!r}; use {' or '.join(known)}")
+        self.advise, self.heeded = known[knowledge], 1.0 if knowledge == "expert" else HEEDED
+        self.name = "rules" if knowledge == "expert" else f"rules ({knowledge})"
+
     def answer(self, question: Question) -> str:
-        named = self.game.sub_goals_in_text(clean(question.analysis, MAX_ANALYSIS))
-        advice = self.game.advise(self.game.truths(question.situation), named)
+        heard = self.game.heard_in_text(clean(question.analysis, MAX_ANALYSIS))
+        if self.heeded < 1 and self.generator(question).random() >= self.heeded:
+            heard = {}
+        advice = self.advise(self.game.truths(question.situation), heard)
         return format_reply(self.game, advice[:MAX_SUB_GOALS])
 
 
@@ -544,8 +567,7 @@ class RandomGuide(Guide):
     name = "random"
 
     def answer(self, question: Question) -> str:
-        drawing = json.dumps([self.seed, question.sample, question.messages])  # the same draws in any process
-        generator = np.random.default_rng(int.from_bytes(hashlib.sha256(drawing.encode()).digest()[:16], "big"))
+        generator = self.generator(question)
         everything = np.ones(len(self.game.facts), bool)
         reasons = self.game.reasons_text(everything, question.situation)
         drawn = generator.choice(self.game.num_basic, min(3, self.game.num_basic), replace=False).tolist()
@@ -723,7 +745,7 @@ def estimate(args: LlmArgs, calls: int, questions: list[Question]) -> str:
 def make_guide(args: LlmArgs, game: Game, seed: int) -> Guide:
     """Makes the guide that --llm names. Raises ValueError, one line, where that guide cannot work."""
     if args.llm == "rules":
-        return RulesGuide(game, seed)
+        return RulesGuide(game, seed, args.rules_knowledge)
     if args.llm in ("random", "shuffled"):
         return {"random": RandomGuide, "shuffled": ShuffledGuide}[args.llm](game, seed)
     if args.llm == "replay":

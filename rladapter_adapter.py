@@ -14,6 +14,7 @@ model and splits it once: then weights are dicts of arrays, those of the layers 
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -33,6 +34,7 @@ import optax
 import tyro
 from flax import nnx
 
+from envs import make_env
 from envs.game import Game
 from utils import hf_folder
 from utils.cli import exit_code, first_line
@@ -43,6 +45,7 @@ Text = tuple[list[int], list[int]]  # the tokens of a prompt and of its response
 Folder = Annotated[str, tyro.conf.arg(metavar="FOLDER|HUB-ID")]
 
 LENGTH_BUCKET = 64  # prompts are padded to a multiple of it, so that few lengths are ever compiled
+ANSWER_BUCKET = 32  # and the answers in a fine-tuning batch to a multiple of this
 BATCH_BUCKETS = (8, 16, 32, 64)  # batches are padded to one of these; more prompts: several batches
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # what LoRA adapts
 
@@ -83,12 +86,22 @@ LIMITS = {
 
 # --------------------------------------------------------------------------------------- the prompt
 
-SYSTEM_PROMPT = (
-    "You watch a player who learns to survive in an open world. From the situation and from how well the player "
-    "understood the last advice, write a short analysis for the guide who advises the player."
-)
+SYSTEM_PROMPT = """You watch a player who learns to survive in an open world. From the situation and from how well the
+player understood the last advice, write a short analysis for the guide who advises the player. End it with the sub-goal
+that is most urgent now, one of these: {sub_goals}."""
 INSTRUCTION = "Write a short analysis for the guide."
 UNKNOWN_SCORE = "Comprehension score: not known yet."
+
+
+@functools.cache
+def about(game: Game) -> str:
+    """Returns the system prompt of a game."""
+    return SYSTEM_PROMPT.format(sub_goals=", ".join(game.basic_sub_goals))
+
+
+def suggestion(names: Sequence[str]) -> str:
+    """Returns the sentence that suggests one or two sub-goals. Guides follow this one more than milder ones (docs)."""
+    return f"The most urgent sub-goal{' now is' if len(names) == 1 else 's now are'} {' and '.join(names)}."
 
 
 def adapter_prompt(game: Game, caption: str, sub_goals: Sequence[int], comprehension: float | None) -> str:
@@ -253,7 +266,7 @@ class Decoder(nnx.Module):
 
     def __call__(
         self, tokens: jax.Array, starts: jax.Array, shared: Any = 0, cache: Any = None, index: Any = 0,
-        key: jax.Array | None = None,
+        key: jax.Array | None = None, remat: bool = False,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
         """Maps tokens (B, T) to hidden states (B, T, D), and returns the cache too.
 
@@ -262,6 +275,7 @@ class Decoder(nnx.Module):
         before its text. One mechanism for left-padded prompts that begin alike and for rows of several
         texts (assets/make_adapter_tiny.py). `cache` is None or (keys, values), each (L, B, KV, S, hd),
         of which columns index..index+T are written. `key` is for LoRA's dropout, in training.
+        `remat`: a gradient computes each layer anew instead of keeping all that it made.
         """
         columns = index + jnp.arange(tokens.shape[1])  # (T,)
         # Columns after the tokens need not be looked at, where it is known how many those are.
@@ -283,7 +297,7 @@ class Decoder(nnx.Module):
         weights = {**self.params, **self.lora}
         layers = {name: weights[name][...] for name in weights if name not in ("embed", "norm", "head")}
         # The cache is carried, not scanned over: each layer's part would be copied twice a token.
-        (x, cache, _), _ = jax.lax.scan(body, (x, cache, jnp.int32(0)), layers)
+        (x, cache, _), _ = jax.lax.scan(jax.checkpoint(body) if remat else body, (x, cache, jnp.int32(0)), layers)
         return rms_norm(x, self.params["norm"][...], self.config.rms_norm_eps), cache
 
     def attend(
@@ -422,19 +436,32 @@ def row_length(texts: Sequence[Text]) -> int:
 def pack(texts: Sequence[Text], length: int) -> dict[str, np.ndarray]:
     """Puts each text into a row of `length` columns.
 
-    Returns (R, length) each: tokens, starts, shared, int32, as in `Decoder`; weights, f32, 1 for responses.
+    Returns int32: tokens, starts, shared (R, length), as in `Decoder`; answers (R, M), see `answer_columns`.
     """
-    kinds = dict.fromkeys(("tokens", "starts", "shared"), np.int32) | {"weights": np.float32}
-    packed = {name: np.zeros((len(texts), length), kind) for name, kind in kinds.items()}
+    packed = {name: np.zeros((len(texts), length), np.int32) for name in ("tokens", "starts", "shared")}
+    is_answer = np.zeros((len(texts), length), bool)
     for row, (prompt, response) in enumerate(texts):
         end = len(prompt) + len(response)
         packed["tokens"][row, :end] = [*prompt, *response]
-        packed["weights"][row, len(prompt) : end] = 1
-    return packed
+        is_answer[row, len(prompt) : end] = True
+    return packed | {"answers": answer_columns(is_answer)}
+
+
+def answer_columns(is_answer: np.ndarray) -> np.ndarray:
+    """Returns the columns (R, M) where is_answer (R, T) is true, 0 after the last one of a row.
+
+    Only there logits are needed, and those of a large vocabulary are most of what training keeps. A text begins with
+    its prompt, so column 0 is never one of them. M is a multiple of ANSWER_BUCKET.
+    """
+    counts = is_answer.sum(1)
+    columns = np.argsort(~is_answer, axis=1, kind="stable")
+    most = ANSWER_BUCKET * math.ceil(max(1, counts.max(initial=0)) / ANSWER_BUCKET)
+    columns = np.pad(columns, ((0, 0), (0, most)))[:, :most]
+    return np.where(np.arange(most) < counts[:, None], columns, 0).astype(np.int32)
 
 
 def batches(packed: Tree, size: int, order: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """Returns the rows in this order, `size` at a time, the last batch filled up with weight 0."""
+    """Returns the rows in this order, `size` at a time, the last batch filled up with rows without an answer."""
     parts = []
     for i in range(0, len(order), size):
         rows = order[i : i + size]
@@ -444,12 +471,13 @@ def batches(packed: Tree, size: int, order: np.ndarray) -> list[dict[str, np.nda
 
 def response_nll(graphdef: Any, base: Tree, lora: Tree, batch: Tree, key: Any = None) -> tuple[jax.Array, jax.Array]:
     """Returns the sum of -log p over the tokens of responses (nats), and how many these are."""
-    model = nnx.merge(graphdef, lora, base)
+    model, answers = nnx.merge(graphdef, lora, base), batch["answers"]
     inputs = (batch[name][:, :-1] for name in ("tokens", "starts", "shared"))
-    hidden, _ = model(*inputs, key=key)
-    logits, targets, weights = model.logits(hidden), batch["tokens"][:, 1:], batch["weights"][:, 1:]
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)  # (B, T - 1)
-    return jnp.sum(nll * weights), jnp.sum(weights)
+    hidden, _ = model(*inputs, key=key, remat=True)
+    before = jnp.take_along_axis(hidden, jnp.maximum(answers - 1, 0)[..., None], 1)  # (B, M, D)
+    targets = jnp.take_along_axis(batch["tokens"], answers, 1)
+    nll = optax.softmax_cross_entropy_with_integer_labels(model.logits(before), targets)  # (B, M)
+    return jnp.sum(nll * (answers > 0)), jnp.sum(answers > 0, dtype=jnp.float32)
 
 
 def mean_nll(graphdef: Any, base: Tree, lora: Tree, batch: Tree, key: Any = None) -> jax.Array:
@@ -502,15 +530,15 @@ class Adapter:
 
     def __init__(
         self, config: LmConfig, params: Tree, factors: Tree, tokenizer: Any, eos: Sequence[int],
-        lora: LoraConfig = LoraConfig(), folder: Path | None = None, name: str = "",
+        lora: LoraConfig = LoraConfig(), folder: Path | None = None, name: str = "", system: str = "",
     ) -> None:  # fmt: skip
-        """Takes the base's weights, folder and name (as LoRA folders say it), and LoRA's factors."""
+        """Takes the base's weights, folder and name (as LoRA folders say it), LoRA's factors, a system prompt."""
         self.config, self.lora_config, self.tokenizer, self.eos = config, lora, tokenizer, tuple(eos)
         self.graphdef, lora_state, base = nnx.split(Decoder(config, params, lora, factors), Lora, ...)
         self.base, self.lora = nnx.to_pure_dict(base), nnx.to_pure_dict(lora_state) or {"lora": {}}
         self.optimizer = SFT_OPTIMIZER.init(self.lora)
         self.folder, self.name = folder, name
-        self.chat = hf_folder.Chat(tokenizer, SYSTEM_PROMPT)
+        self.chat = hf_folder.Chat(tokenizer, system)
         self.beginning: list[int] | None = None  # the tokens all prompts begin with, once known
         self.prefix: Any = None  # the keys and values of these; None again when the weights change
         self.temperature, self.max_tokens = SftArgs.adapter_temperature, SftArgs.adapter_max_tokens
@@ -685,8 +713,10 @@ class Adapter:
         self.optimizer = jax.tree.unflatten(jax.tree.structure(self.optimizer), leaves)
 
 
-def load_adapter(source: str | Path, lora: LoraConfig = LoraConfig(), seed: int = 0) -> Adapter:
-    """Returns the adapter of a Hugging Face model folder or hub id, with fresh LoRA weights.
+def load_adapter(
+    source: str | Path, lora: LoraConfig = LoraConfig(), seed: int = 0, system: str = ""
+) -> Adapter:  # fmt: skip
+    """Returns the adapter of a Hugging Face model folder or hub id, with fresh LoRA weights and that system prompt.
 
     Or of a folder that `save` (or PEFT) wrote, with the weights and settings in there, not `lora`.
     Raises ValueError, one line, for what is missing, damaged or of an unsupported kind.
@@ -705,7 +735,7 @@ def load_adapter(source: str | Path, lora: LoraConfig = LoraConfig(), seed: int 
             raise ValueError("neither its config nor its tokenizer names an end token")
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model {config.vocab_size}")
-        hf_folder.Chat(tokenizer, SYSTEM_PROMPT)  # fails here, where the folder is named, if the template does
+        hf_folder.Chat(tokenizer, system)  # fails here, where the folder is named, if the template does
         if not hf_folder.is_lora(folder):
             # The first four keys that come of this seed are those of the run (`rladapter_ppo.run_keys`).
             factors = init_lora(config, lora, jax.random.fold_in(jax.random.key(seed), 4))
@@ -716,15 +746,15 @@ def load_adapter(source: str | Path, lora: LoraConfig = LoraConfig(), seed: int 
         raise ValueError(f"cannot use {folder}: {first_line(error)}") from error
     if tokenizer.chat_template is None:
         print(f"note: {base} has no chat template; it is given plain text", file=sys.stderr)
-    return Adapter(config, params, factors, tokenizer, list(dict.fromkeys(ends)), lora, base, name)
+    return Adapter(config, params, factors, tokenizer, list(dict.fromkeys(ends)), lora, base, name, system)
 
 
-def make_adapter(args: SftArgs, seed: int) -> Adapter | NoAdapter:
+def make_adapter(args: SftArgs, seed: int, game: Game) -> Adapter | NoAdapter:
     """Returns the adapter of --adapter. Raises ValueError, one line that names the flag."""
     if args.adapter == "none":
         return NoAdapter()
     hint = "; or use --adapter none"
-    adapter = open_adapter("--adapter", args.adapter, seed, hint=hint, rank=args.lora_rank)
+    adapter = open_adapter("--adapter", args.adapter, seed, hint, about(game), rank=args.lora_rank)
     adapter.temperature, adapter.max_tokens = args.adapter_temperature, args.adapter_max_tokens
     with naming(f"--adapter: cannot use {args.adapter}", hint):
         adapter.check_room()
@@ -740,13 +770,15 @@ def naming(flag: str, hint: str = "") -> Iterator[None]:
         raise ValueError(f"{flag}: {error}{hint}") from None
 
 
-def open_adapter(flag: str, source: str, seed: int = 0, hint: str = "", **lora: Any) -> Adapter:
+def open_adapter(
+    flag: str, source: str, seed: int = 0, hint: str = "", system: str = "", **lora: Any
+) -> Adapter:  # fmt: skip
     """Returns the adapter that a flag names. The --lora-* flags (None: not given) must fit it."""
     given = {name: value for name, value in lora.items() if value is not None}
     with naming(", ".join(f"--lora-{name}" for name in given)):
         config = LoraConfig(**given)
     with naming(flag, hint):
-        adapter = load_adapter(source, config, seed)
+        adapter = load_adapter(source, config, seed, system)
     for name, value in given.items():  # what `load_adapter` made anew is as given
         own = getattr(adapter.lora_config, name)
         if set(value) != set(own) if name == "targets" else value != own:
@@ -824,6 +856,7 @@ def sft_command(
     held_out: float = HELD_OUT, lora_rank: int | None = None, lora_alpha: float | None = None,
     lora_dropout: float | None = None, lora_targets: tuple[str, ...] | None = None, merge: bool = False,
     seed: int = 0, system_prompt: bool = True, chat_template: bool = True,
+    env_id: str = "Craftax-Classic-Symbolic-v1",
 ) -> None:  # fmt: skip
     """Fine-tune a model with LoRA, loss on responses; print held-out loss before and after as JSON.
 
@@ -842,6 +875,7 @@ def sft_command(
         seed: seed of the split, the order and the LoRA weights
         system_prompt: put the adapter's system prompt first, as in training with RL
         chat_template: put prompts through the tokenizer's chat template, once
+        env_id: the environment that the system prompt is about
     """
     if epochs < 0 or not 0 < held_out <= 1 or not 0 < learning_rate < math.inf:
         raise ValueError("--epochs, --held-out, --learning-rate: must be 0 or more, in (0, 1], and above 0")
@@ -852,10 +886,11 @@ def sft_command(
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out} exists; give a folder that does not")
     examples = read_examples(data)
+    told = about(make_env(env_id, 1).game) if system_prompt else ""
     adapter = open_adapter(
         "--model", model, seed, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets
     )
-    adapter.chat = hf_folder.Chat(adapter.tokenizer, SYSTEM_PROMPT * system_prompt, chat_template)
+    adapter.chat = hf_folder.Chat(adapter.tokenizer, told, chat_template)
     with naming("--model"):
         tuned = adapter.finetune(examples, jax.random.key(seed), epochs, learning_rate, held_out)
     if epochs:

@@ -836,7 +836,7 @@ def main(args: Args, run: runs.Run) -> dict[str, Any] | None:
     asks = args.context.guided and devices.is_leader()  # of several processes the first one asks for all
     guide = make_guide(args.llm, env.game, args.seed) if asks and not args.dry_run else NoGuide(env.game)
     guide.check()
-    adapter = make_adapter(args.sft, args.seed) if asks else NoAdapter()
+    adapter = make_adapter(args.sft, args.seed, env.game) if asks else NoAdapter()
     table = HostTable(args.table, env)
 
     key_agent, key_runner, key_phases, key_evaluation = run_keys(args.seed)

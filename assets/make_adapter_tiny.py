@@ -47,12 +47,14 @@ from rladapter_adapter import (  # noqa: E402
     Text,
     Tree,
     adapter_prompt,
+    answer_columns,
     batches,
     load_adapter,
     mean_nll,
     pack,
     param_shapes,
     row_length,
+    suggestion,
 )  # fmt: skip
 from utils import hf_folder  # noqa: E402
 
@@ -84,10 +86,6 @@ UNDERSTOOD = {
     "unknown": ("How well {last} went is unknown.", "Advice on {last} has no score yet.", "No score for {last} yet."),
 }
 NO_ADVICE = ("There was no advice before.", "No advice was given before.")
-SUGGESTIONS = (
-    "It should {goals} next.", "The player should {goals} now.", "Next it could {goals}.", "A good plan is to {goals}.",
-    "Try to {goals}.",
-)  # fmt: skip
 # Statements name things, not how many or where: the LLM has the caption too, and to copy numbers takes a larger model.
 STATEMENTS = {
     "see": ("It sees {}.", "There is {} in view."), "hold": ("It holds {}.", "It has {}."), "lack": ("It has no {}.",),
@@ -148,7 +146,7 @@ def write_analysis(
     if others and (not facts or rng.random() < 0.5):
         facts.append(str(rng.choice(others)))
     goals = rng.permutation(possible_sub_goals(caption))[: rng.integers(1, 3)]
-    sentences += [*facts, str(rng.choice(SUGGESTIONS)).format(goals=" and ".join(goals))]
+    sentences += [*facts, suggestion(goals)]
     return " ".join(sentences)
 
 
@@ -173,7 +171,8 @@ def phrases() -> list[str]:
     fixed = [
         "You see:", ".\nRemembered:", ".\nFacing:", ".\nInventory:", ".\nVitals (of 9):",
         ".\nIt is day. The player is awake.", ".\nIt is dark. The player is awake.", "\nUnlocked:",
-        "\nPrevious sub-goals:", ".\nComprehension score: 0.", *(f" {text}" for text in ABOUT.values()),
+        " The most urgent sub-goal now is", " The most urgent sub-goals now are", "\nPrevious sub-goals:",
+        ".\nComprehension score: 0.", *(f" {text}" for text in ABOUT.values()),
         f".\n{UNKNOWN_SCORE}", f"\n{INSTRUCTION}",
     ]  # fmt: skip
     names = [*CRAFTER.sub_goals, *(name.replace("_", " ") for name in CRAFTER.achievements)]
@@ -279,7 +278,8 @@ def pack_groups(groups: Sequence[Sequence[Text]], length: int) -> dict[str, np.n
     Stores what all prompts of a group begin with once; the texts go on from there, and do not see each other. Leaves
     out what does not fit, down to whole texts. Raises ValueError if not even the first one fits.
     """
-    packed = pack([([], [])] * len(groups), length)  # rows of padding
+    packed = {name: np.zeros((len(groups), length), np.int32) for name in ("tokens", "starts", "shared")}
+    is_answer = np.zeros((len(groups), length), bool)
     for row, group in enumerate(groups):
         prefix = os.path.commonprefix([prompt for prompt, _ in group]) if len(group) > 1 else []
         end = len(prefix)
@@ -295,8 +295,8 @@ def pack_groups(groups: Sequence[Sequence[Text]], length: int) -> dict[str, np.n
             packed["starts"][row, columns] = end
             packed["shared"][row, columns] = len(prefix)
             end += len(text)
-            packed["weights"][row, end - len(response) : end] = 1
-    return packed
+            is_answer[row, end - len(response) : end] = True
+    return packed | {"answers": answer_columns(is_answer)}
 
 
 def packed_batches(rng: np.random.Generator, adapter: Adapter, captions: Sequence[str], num: int) -> list[Tree]:

@@ -379,7 +379,7 @@ def all_ratios(players: dict[str, Any], steps: dict[str, int]) -> dict[str, floa
 
 def questions_per_million(trainee: Trainee) -> dict[str, float]:
     """Questions and tokens, those of the guide estimated as for a budget."""
-    adapter = make_adapter(trainee.args.sft, trainee.args.seed)
+    adapter = make_adapter(trainee.args.sft, trainee.args.seed, make_env(trainee.args.env_id, 1).game)
     answers = run_folder.read_log(trainee.folder, "guidance.jsonl")
     sums = {
         "questions": len(answers),

@@ -15,6 +15,8 @@ import numpy as np
 Literals = tuple[tuple[int, bool], ...]
 # What the rules of a game advise: indices into Game.sub_goals with their reasons in words, the most urgent first
 Advice = list[tuple[int, tuple[str, ...]]]
+# Sub-goals that an analysis names -> what it says that they take, in facts; () where it says nothing of that
+Heard = Mapping[int, tuple[str, ...]]
 
 MAX_NAME = 200  # characters of a name that are looked at
 FILLER = {"a", "an", "the", "some", "any", "more", "your", "nearby", "nearest", "closest", "to", "please"}
@@ -47,9 +49,11 @@ class Game:
     """(W,) kinds of things that advice can point at"""
     things: Mapping[str, str]
     """which kind of thing a sub-goal is about; none for those that need no thing in view"""
-    advise: Callable[[dict[str, bool], Sequence[int]], Advice]
-    """the offline guide `rules`: advice for a situation (the truth of every fact), given the sub-goals that the
-    adapter's analysis names"""
+    advise: Callable[[dict[str, bool], Heard], Advice]
+    """the offline guide `rules`: advice for a situation (the truth of every fact), given what the adapter's analysis
+    names"""
+    believers: Mapping[str, Callable[[dict[str, bool], Heard], Advice]] = field(default_factory=dict)
+    """offline guides that know another game, by the value of --rules-knowledge"""
     acts: Mapping[str, str] = field(default_factory=dict)
     """which action a sub-goal is, where it is a single one that has another name"""
     sub_goal_aliases: Mapping[str, str] = field(default_factory=dict)
@@ -144,6 +148,22 @@ class Game:
             if (match := re.search(rf"\b{re.escape(name)}\b", lowered))
         ]
         return [i for _, i in sorted(found)]
+
+    def heard_in_text(self, text: str) -> dict[int, tuple[str, ...]]:
+        """Finds the sub-goals that an analysis names, as `sub_goals_in_text`, and the facts that each is said to take.
+
+        Such a sentence is one of `experience_text`: "make wood sword takes wood >= 1, table in reach."
+        """
+        heard = {}
+        for i in self.sub_goals_in_text(text):
+            said = re.search(rf"\b{re.escape(self.sub_goals[i])} takes ([^.]*)", text.lower())
+            facts = [self.read_fact(name) for name in said[1].split(",")] if said else []
+            heard[i] = tuple(("" if fact[1] else "not ") + self.facts[fact[0]] for fact in facts if fact)
+        return heard
+
+    def experience_text(self, sub_goal: int, facts: Iterable[str]) -> str:
+        """Returns a sentence that says what a sub-goal takes, in facts."""
+        return f"To {self.sub_goals[sub_goal]} takes {', '.join(facts)}."
 
     def sub_goals_text(self, indices: Iterable[int]) -> str:
         """Returns the names in the given order, "none" if empty."""

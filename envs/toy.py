@@ -3,21 +3,20 @@
 Eight steps an episode; each right action is worth 1, so the best return is 8 and a random one about 8 / 3.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from envs.game import Advice, Game, holds
+from envs.game import Advice, Game, Heard, holds
 from envs.nearest import find_places
 
 EPISODE_LENGTH = 8
 RULES = (("chop tree", ("tree in view",)), ("drink water", ("water in view",)))
 
 
-def advise(truths: dict[str, bool], named: Sequence[int]) -> Advice:
+def advise(truths: dict[str, bool], named: Heard) -> Advice:
     """Returns what is right in a situation, whatever the adapter's analysis names."""
     return [(i, reasons) for i, (_, reasons) in enumerate(RULES) if holds(truths, reasons)]
 

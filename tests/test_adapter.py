@@ -92,7 +92,7 @@ def loaded(folder):
 def adapter(loaded):
     """As it is after loading: whatever a test does to it, the next one gets another copy."""
     adapter = copy.copy(loaded)
-    adapter.chat = Chat(adapter.tokenizer, ra.SYSTEM_PROMPT)
+    adapter.chat = Chat(adapter.tokenizer, ra.about(CRAFTER))
     return adapter
 
 
@@ -198,9 +198,9 @@ def test_texts_that_share_a_row_do_not_see_each_other(adapter):
     for end in ends:
         alone = logits_of(adapter, [prefix + end])[0, len(prefix) :]
         np.testing.assert_allclose(together[column : column + len(end)], alone, atol=1e-4)
-        np.testing.assert_array_equal(packed["weights"][0, column : column + len(end)], [0, 0] + [1] * (len(end) - 2))
+        assert {*range(column + 2, column + len(end))} <= {*packed["answers"][0].tolist()}
         column += len(end)
-    assert packed["weights"].sum() == sum(len(end) - 2 for end in ends)
+    assert (packed["answers"] > 0).sum() == sum(len(end) - 2 for end in ends)
 
 
 def test_pack_refuses_what_does_not_fit():
@@ -622,10 +622,10 @@ def test_a_long_prompt_loses_its_beginning_and_never_the_instruction(adapter):
 def test_without_a_chat_template_prompts_are_plain_text(folder, tmp_path, capsys):
     path = damaged(folder, tmp_path)
     (path / "chat_template.jinja").unlink()
-    adapter = ra.load_adapter(path)
+    adapter = ra.load_adapter(path, system=ra.about(CRAFTER))
     assert "no chat template" in capsys.readouterr().err
     text = adapter.tokenizer.decode(adapter.chat.encode("hello", 200))
-    assert text == f"{ra.SYSTEM_PROMPT}\n\nhello"
+    assert text == f"{ra.about(CRAFTER)}\n\nhello"
     assert len(adapter.analyse(["hello"], jax.random.key(0), max_new_tokens=4)) == 1
 
 
@@ -643,12 +643,12 @@ def with_template(folder, tmp_path, template, **config):
 def test_a_template_that_refuses_the_system_role_gets_its_text_in_the_users_turn(folder, tmp_path):
     """As Gemma's does: a jinja2 error in the middle of the first pause."""
     path = with_template(folder, tmp_path, NO_SYSTEM + "<|user|>{{ messages[0]['content'] }}<|assistant|>")
-    adapter = ra.make_adapter(ra.SftArgs(str(path)), 0)
+    adapter = ra.make_adapter(ra.SftArgs(str(path)), 0, game=CRAFTER)
     prompt = prompt_of(CAPTION, [], None)
     decode = adapter.tokenizer.decode
-    assert decode(adapter.chat.tokens(prompt)) == f"<|user|>{ra.SYSTEM_PROMPT}\n\n{prompt}<|assistant|>"
+    assert decode(adapter.chat.tokens(prompt)) == f"<|user|>{ra.about(CRAFTER)}\n\n{prompt}<|assistant|>"
     cut = decode(adapter.chat.encode(prompt_of("first words\n" + CAPTION * 20, [], None), 300))
-    assert cut.startswith(f"<|user|>{ra.SYSTEM_PROMPT}\n\n") and cut.endswith(f"{ra.INSTRUCTION}<|assistant|>")
+    assert cut.startswith(f"<|user|>{ra.about(CRAFTER)}\n\n") and cut.endswith(f"{ra.INSTRUCTION}<|assistant|>")
     assert "first words" not in cut and len(adapter.analyse([prompt], jax.random.key(0), max_new_tokens=4)) == 1
 
 
@@ -663,7 +663,7 @@ def test_sft_with_a_template_that_refuses_the_system_role(folder, data, tmp_path
 def test_a_template_that_takes_nothing_is_one_line(folder, tmp_path, template):
     path = with_template(folder, tmp_path, template)
     with pytest.raises(ValueError, match="^--adapter: cannot use .*chat template.*or use --adapter none$") as error:
-        ra.make_adapter(ra.SftArgs(str(path)), 0)
+        ra.make_adapter(ra.SftArgs(str(path)), 0, game=CRAFTER)
     assert "\n" not in str(error.value)
 
 
@@ -672,7 +672,7 @@ def test_a_context_too_short_for_training_is_one_line_before_it_begins(folder, d
     path = with_template(folder, tmp_path, SYSTEM_TEMPLATE, max_position_embeddings=64)
     words = "^--adapter: .*context of 64 tokens.*longer context.*or use --adapter none$"
     with pytest.raises(ValueError, match=words) as error:
-        ra.make_adapter(ra.SftArgs(str(path)), 0)
+        ra.make_adapter(ra.SftArgs(str(path)), 0, game=CRAFTER)
     assert "\n" not in str(error.value)
     code, _, error = run(capsys, "sft", "--model", path, "--data", data, "--out", tmp_path / "out")
     assert code == 2 and error.count("\n") == 1 and not (tmp_path / "out").exists()
@@ -683,7 +683,7 @@ def test_a_context_too_short_for_training_is_one_line_before_it_begins(folder, d
 
 @pytest.mark.parametrize("spare", [-1, 0, 1, 7])
 def test_what_passes_the_check_of_the_context_never_fails_later(folder, tmp_path, spare):
-    adapter = ra.load_adapter(with_template(folder, tmp_path, SYSTEM_TEMPLATE))
+    adapter = ra.load_adapter(with_template(folder, tmp_path, SYSTEM_TEMPLATE), system=ra.about(CRAFTER))
     needed = len(adapter.chat.tokens(ra.INSTRUCTION))
     context = 2 * (needed + spare) + 1  # half of it is the answer's
     adapter.config = dataclasses.replace(adapter.config, max_position_embeddings=context)
@@ -837,20 +837,20 @@ def test_lora_flags_beside_a_lora_folder_are_not_ignored(lora_folder, data, caps
 
 
 def test_the_adapter_of_a_run(folder, lora_folder):
-    assert isinstance(ra.make_adapter(ra.SftArgs("none"), 0), ra.NoAdapter)
-    assert ra.make_adapter(ra.SftArgs(str(folder)), 0).lora_config == ra.LoraConfig(rank=8)
-    made = ra.make_adapter(ra.SftArgs(str(folder), lora_rank=2), seed=3)
+    assert isinstance(ra.make_adapter(ra.SftArgs("none"), 0, game=CRAFTER), ra.NoAdapter)
+    assert ra.make_adapter(ra.SftArgs(str(folder)), 0, game=CRAFTER).lora_config == ra.LoraConfig(rank=8)
+    made = ra.make_adapter(ra.SftArgs(str(folder), lora_rank=2), seed=3, game=CRAFTER)
     expected = ra.load_adapter(folder, ra.LoraConfig(rank=2), seed=3)
     jax.tree.map(np.testing.assert_array_equal, made.lora, expected.lora)
-    assert ra.make_adapter(ra.SftArgs(str(lora_folder)), 0).lora_config.rank == 4
-    assert ra.make_adapter(ra.SftArgs(str(lora_folder), lora_rank=4), 0).lora_config.targets == ("q", "v")
+    assert ra.make_adapter(ra.SftArgs(str(lora_folder)), 0, game=CRAFTER).lora_config.rank == 4
+    assert ra.make_adapter(ra.SftArgs(str(lora_folder), lora_rank=4), 0, game=CRAFTER).lora_config.targets == ("q", "v")
     for args, words in (
         (ra.SftArgs("/nowhere"), "^--adapter: there is no folder /nowhere.*; or use --adapter none$"),
         (ra.SftArgs(str(folder), lora_rank=0), "^--lora-rank: LoRA needs a rank"),
         (ra.SftArgs(str(lora_folder), lora_rank=8), "^--lora-rank: .* leave --lora-rank out$"),
     ):
         with pytest.raises(ValueError, match=words) as error:
-            ra.make_adapter(args, 0)
+            ra.make_adapter(args, 0, CRAFTER)
         assert "\n" not in str(error.value)
 
 
@@ -1158,7 +1158,7 @@ def test_a_text_that_was_cut_off_ends_with_a_sentence(text, whole):
 
 def test_flags_say_how_analyses_are_sampled(monkeypatch):
     asked = []
-    adapter = ra.make_adapter(ra.SftArgs(adapter_temperature=0.0, adapter_max_tokens=5), 1)
+    adapter = ra.make_adapter(ra.SftArgs(adapter_temperature=0.0, adapter_max_tokens=5), 1, game=CRAFTER)
 
     def generate(tokens, key, temperature, max_new_tokens):
         asked.append((temperature, max_new_tokens))
@@ -1168,11 +1168,11 @@ def test_flags_say_how_analyses_are_sampled(monkeypatch):
     (text,) = adapter.analyse(["hello"], jax.random.key(0))
     assert asked == [(0.0, 5)] and "It is dark. Try".startswith(text)
     with pytest.raises(ValueError, match="context"):
-        ra.make_adapter(ra.SftArgs(adapter_max_tokens=4000), 1)
+        ra.make_adapter(ra.SftArgs(adapter_max_tokens=4000), 1, game=CRAFTER)
 
 
 def test_a_pause_whose_analyses_name_nothing_warns_once(capsys, monkeypatch):
-    adapter = ra.make_adapter(ra.SftArgs(), 1)
+    adapter = ra.make_adapter(ra.SftArgs(), 1, game=CRAFTER)
     texts = ["Gear: 12 Eat: 90%", "It is day."]
     monkeypatch.setattr(adapter, "analyse", lambda prompts, key: texts[: len(prompts)])
 

@@ -2,12 +2,13 @@
 
     env.py         the vectorised env            goals.py     detectors of sub-goals reached and worked towards
     captions.py    facts and captions            rules.py     what sub-goals need; the offline guide `rules`
-    vocabulary.py  names and their aliases       this file    all of it as a `Game`, and the env's maker
+    vocabulary.py  names and their aliases       minecraft.py `rules` with Minecraft in its head
+    this file      all of it as a `Game`, and the env's maker
 """
 
 import math
 
-from envs.crafter import rules, vocabulary
+from envs.crafter import minecraft, rules, vocabulary
 from envs.game import Game
 
 PROMPT = """You guide a player in Crafter, a two-dimensional survival game on a grid. The player learns by trial
@@ -35,6 +36,7 @@ CRAFTER = Game(
     things=rules.THINGS,
     acts={"place crafting table": "place table"},
     advise=rules.advise,
+    believers={"minecraft": minecraft.advise},
     sub_goal_aliases=vocabulary.SUB_GOAL_ALIASES,
     fact_aliases=vocabulary.FACT_ALIASES,
     word_forms=vocabulary.WORD_FORMS,

@@ -1,9 +1,7 @@
 """Crafter's rules: what a sub-goal needs, and the offline guide `rules`, a stand-in for an LLM that is none."""
 
-from collections.abc import Sequence
-
 from envs.crafter.vocabulary import BASIC_SUB_GOALS, FACTS, SUB_GOALS
-from envs.game import Advice, holds
+from envs.game import Advice, Heard, holds
 
 # What Crafter demands of a basic sub-goal now ("not " marks a false fact). Tools are never lost: unlocked means owned.
 _WOOD_TOOL = ("table in reach", "wood >= 1")
@@ -123,7 +121,7 @@ WISE = (
 )
 
 
-def advise(truths: dict[str, bool], named: Sequence[int]) -> Advice:
+def advise(truths: dict[str, bool], named: Heard) -> Advice:
     """Returns sub-goals for a situation, the most urgent first, each with the facts that it rests on.
 
     Args:

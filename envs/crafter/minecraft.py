@@ -1,0 +1,66 @@
+"""The offline guide `rules` with generic Minecraft in its head: a stand-in for an LLM that does not know the game.
+
+It believes what anybody who has played Minecraft would, and what is wrong in Crafter: tools take planks and sticks, a
+table four of what it calls planks, a furnace eight stones, iron tools two or three ingots; nobody is ever thirsty;
+sleeping is for the night and harms nobody. It is never told better, except by the adapter's analysis.
+"""
+
+from collections.abc import Mapping
+
+from envs.crafter.rules import THINGS
+from envs.crafter.vocabulary import BASIC_SUB_GOALS, SUB_GOALS
+from envs.game import Advice, Heard, holds
+
+# (sub-goal, when it is believed to be wise), the most urgent first. Amounts as far as there are facts for them.
+BELIEFS = (
+    ("attack zombie", ("zombie near",)),
+    ("attack skeleton", ("skeleton in view",)),
+    ("attack cow", ("food low",)),
+    ("sleep", ("dark",)),
+    ("make iron pickaxe", ("not unlocked make iron pickaxe", "iron >= 2", "wood >= 2", "table in reach")),
+    ("make iron sword", ("not unlocked make iron sword", "iron >= 2", "wood >= 1", "table in reach")),
+    ("mine diamond", ("unlocked make iron pickaxe", "diamond in view")),
+    ("make stone pickaxe", ("not unlocked make stone pickaxe", "stone >= 4", "wood >= 2", "table in reach")),
+    ("make stone sword", ("not unlocked make stone sword", "stone >= 2", "wood >= 1", "table in reach")),
+    ("make wood pickaxe", ("not unlocked make wood pickaxe", "wood >= 4", "table in reach")),
+    ("make wood sword", ("not unlocked make wood sword", "wood >= 3", "table in reach")),
+    ("place furnace", ("not unlocked place furnace", "stone >= 6")),
+    ("mine iron", ("unlocked make stone pickaxe", "iron in view")),
+    ("mine coal", ("unlocked make wood pickaxe", "coal in view")),
+    ("place crafting table", ("not table in reach", "wood >= 4")),
+    ("mine stone", ("unlocked make wood pickaxe", "not stone >= 6")),
+    ("chop tree", ("not wood >= 6",)),
+    ("eat plant", ("ripe plant in view",)),
+    ("place plant", ("sapling >= 1",)),
+    ("chop grass", ("not sapling >= 1",)),
+)
+
+
+def advise(truths: dict[str, bool], named: Heard) -> Advice:
+    """Returns sub-goals for a situation, the most urgent first, each with the facts that it rests on.
+
+    Args:
+        truths: the truth of every fact
+        named: basic sub-goals that the adapter's analysis names: they are put first. What it says that one takes is
+            believed for this reply.
+    """
+    beliefs = dict(BELIEFS)
+    for number, takes in named.items():
+        if takes:  # what the sub-goal is for stays believed: until when it is wanted
+            wanted = [reason for reason in beliefs.get(BASIC_SUB_GOALS[number], ()) if reason.startswith("not ")]
+            beliefs[BASIC_SUB_GOALS[number]] = (*dict.fromkeys((*wanted, *takes)),)
+    advice = {BASIC_SUB_GOALS[i]: reasons_for(BASIC_SUB_GOALS[i], truths, beliefs) for i in named}
+    for sub_goal, reasons in beliefs.items():
+        if holds(truths, reasons):
+            advice.setdefault(sub_goal, reasons)
+    return [(SUB_GOALS.index(sub_goal), reasons) for sub_goal, reasons in advice.items()]
+
+
+def reasons_for(
+    sub_goal: str, truths: dict[str, bool], beliefs: Mapping[str, tuple[str, ...]]
+) -> tuple[str, ...]:  # fmt: skip
+    """Returns why a sub-goal that somebody else found urgent might be so: what is believed of it, as far as it holds,
+    and the thing that it is about, if that is in view."""
+    thing = f"{THINGS.get(sub_goal)} in view"
+    reasons = [reason for reason in beliefs.get(sub_goal, ()) if holds(truths, (reason,))]
+    return tuple(reasons + [thing] * (thing not in reasons and truths.get(thing, False)))

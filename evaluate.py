@@ -446,6 +446,8 @@ def guide_name(trained: Trained) -> str:
     if not trained.args.context.guided:
         return "none"
     llm = trained.llm
+    if llm.llm == "rules" and llm.rules_knowledge != "expert":
+        return f"rules of {llm.rules_knowledge} (no LLM)"
     return llm.llm_model or {"rules": "rules (no LLM)", "random": "random (no LLM)"}.get(llm.llm, llm.llm)
 
 

@@ -16,7 +16,7 @@ Sums of shape (K, 2, ...) are for steps WITHOUT and WITH the advice.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -26,7 +26,9 @@ import numpy as np
 
 from advice import NEVER, TOLERANCE, GuidanceTable
 from envs.game import Game, Literals
+from hindsight import Found
 from llm_client import Question
+from rladapter_adapter import adapter_prompt
 from utils import trials
 from utils.comprehension import SCORES, Understood
 from utils.embeddings import make_embedding
@@ -115,6 +117,7 @@ class HostTable:
         self.num_asked = 0
         self.stated = self.holding = 0  # rules in the latest replies: all, and those that held where asked
         self.analyses: list[Analysis] = []  # the latest MAX_ANALYSES
+        self.found = Found(self.game, env.obs_size)
 
     # ---- for the device
 
@@ -288,21 +291,53 @@ class HostTable:
         score = SCORES[self.args.comprehension](understood)
         return np.where(rows.steps[:, WITH] > 0, score, np.nan)
 
-    def examples(self, sft_data: str) -> list[tuple[str, str]]:
-        """Chooses (prompt, analysis) pairs to fine-tune the adapter on.
+    def examples(self, env: Any, sft_data: str) -> list[tuple[str, str]]:
+        """Chooses at most MAX_ANALYSES (prompt, analysis) pairs to fine-tune the adapter on, the most telling first.
 
-        all: every analysis, as in the reference. best: those that named a sub-goal which the guide
-        then advised, in advice that has won its trial.
+        all: every analysis, as in the reference, the latest first. best: those that named a sub-goal which the guide
+        then advised, in advice that has won its trial. hindsight, experience: of hindsight.py.
         """
+        if sft_data in ("hindsight", "experience"):
+            return self.found.examples(sft_data, MAX_ANALYSES, self._prompts(env))
         rows, won = self.rows, self.rows.valid & (self.trial_z() > trials.DECIDED_AT_SE)
         winners = set(rows.advice_id[won].tolist())
-        chosen = set()
-        for analysis in self.analyses:
+        chosen: dict[tuple[str, str], None] = {}
+        for analysis in reversed(self.analyses):
             named = self.game.sub_goals_in_text(analysis.text)
             useful = any(goal in named and i in winners for goal, _, i in analysis.advice)
             if sft_data == "all" or useful:
-                chosen.add((analysis.prompt, analysis.text))
-        return sorted(chosen)
+                chosen[analysis.prompt, analysis.text] = None
+        return list(chosen)
+
+    def _prompts(self, env: Any) -> Callable[[np.ndarray, np.ndarray], str]:
+        """Returns a function that makes the adapter's prompt for a situation: obs (O,), facts (P,)."""
+        scores = self.comprehension()
+
+        def prompt_of(obs: np.ndarray, facts: np.ndarray) -> str:
+            question = self._question(obs, facts, scores)
+            return adapter_prompt(self.game, env.to_text(obs), question.sub_goals, question.comprehension)
+
+        return prompt_of
+
+    def agreement(self, env: Any, adapter: Any, key: Any, when: str) -> dict[str, float | None]:
+        """Measures what the adapter names in situations of the latest phase that only measure (`Found.agreement`).
+
+        Args:
+            when: before or after the fine-tuning, part of the metric's name; before it what could be named anyway is
+                measured too: any sub-goal that is possible, and what the game's own rules advise first
+        """
+        found, game = self.found, self.game
+        rows, prompts = found.held_out(self._prompts(env))
+        if not prompts:
+            return {}
+        named = [game.sub_goals_in_text(text) for text in adapter.analyse(prompts, key)]
+        measured = {f"agreement_{when}": found.agreement(rows, named)}
+        if when == "before":
+            advice = (game.advise(game.truths(found.arrays.facts[row]), {}) for row in rows)
+            first = [[goal for goal, _ in some if goal < game.num_basic][:1] for some in advice]
+            measured["agreement_possible"] = found.agreement(rows, found.possible(rows))
+            measured["agreement_rules"] = found.agreement(rows, first)
+        return measured
 
     def outcome_lines(self, outcomes: dict[str, Any]) -> list[dict[str, Any]]:
         """Makes a line of outcomes.jsonl for each row and arm that was used in this phase."""
@@ -338,11 +373,13 @@ class HostTable:
         """Returns what a checkpoint must hold: arrays, and the rest as JSON has it."""
         analyses = [dataclasses.asdict(analysis) for analysis in self.analyses]
         rest = {"num_asked": self.num_asked, "analyses": analyses, "rules": [self.stated, self.holding]}
-        return vars(self.rows) | {"asked": self.asked}, rest
+        rest["found"] = self.found.num
+        return vars(self.rows) | {"asked": self.asked} | self.found.state(), rest
 
     def load_state(self, arrays: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
         """Takes what `state` gave."""
         arrays = {name: np.array(value) for name, value in arrays.items()}
+        self.found.load_state(arrays, rest.get("found", 0))
         arrays.setdefault("truth", arrays["situation"])  # older runs kept only rules that held where asked
         self.asked, self.num_asked = arrays.pop("asked"), rest["num_asked"]
         self.stated, self.holding = rest.get("rules", (0, 0))

@@ -51,6 +51,7 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # what LoRA adapts
 
 SFT_EPOCHS = 2  # passes over the examples
 SFT_ROWS = 8  # sequences in a fine-tuning batch, padded to a multiple of LENGTH_BUCKET as well
+SFT_COMPUTE = 1e13  # floating-point operations of a fine-tuning by default: a minute of two CPU cores at most
 HELD_OUT = 0.1  # share of the fine-tuning examples that only measures
 # Adam's share of a step; `sft_step` multiplies it by the learning rate, an argument there
 SFT_OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1.0, weight_decay=0.0))
@@ -69,9 +70,13 @@ class SftArgs:
     """tokens of an analysis, at most; one that is cut off there ends with its last whole sentence"""
     sft_every: int = 4
     """phases between two fine-tunings of the adapter; 0: never"""
-    sft_data: Literal["best", "all"] = "best"
-    """which of the latest 512 analyses the adapter is fine-tuned on. best: those that (1) name a sub-goal
-    (2) that the guide then advised, (3) in advice that won its trial; all: all analyses, as in the paper"""
+    sft_data: Literal["best", "all", "hindsight", "experience"] = "best"
+    """what the adapter is fine-tuned on, 512 pairs at most. best: analyses that (1) name a sub-goal (2) that the guide
+    then advised, (3) in advice that won its trial; all: all analyses, as in the paper; hindsight: what the player did
+    next in situations where that paid; experience: the same, and what these sub-goals were found to take"""
+    sft_max_tokens: int | None = None
+    """tokens that a fine-tuning may read, the most telling examples first; default: what takes about 1e13
+    floating-point operations, 9,000 for an adapter of 135M, more than there are for the tiny one"""
     sft_learning_rate: float = 2e-4
     """learning rate of Adam in the fine-tuning of the adapter"""
     lora_rank: int | None = None
@@ -80,7 +85,7 @@ class SftArgs:
 
 LIMITS = {
     "sft_every": (0, 10**9), "sft_learning_rate": (0, 10), "adapter_temperature": (0, 100),
-    "adapter_max_tokens": (1, 4096),
+    "adapter_max_tokens": (1, 4096), "sft_max_tokens": (1, 10**12),
 }  # fmt: skip
 
 
@@ -542,6 +547,7 @@ class Adapter:
         self.beginning: list[int] | None = None  # the tokens all prompts begin with, once known
         self.prefix: Any = None  # the keys and values of these; None again when the weights change
         self.temperature, self.max_tokens = SftArgs.adapter_temperature, SftArgs.adapter_max_tokens
+        self.sft_tokens: int | None = None  # that a fine-tuning may read
         self.warned: set[str] = set()  # kinds of warnings that were printed
 
     def encode_example(self, prompt: str, response: str) -> Text:
@@ -617,6 +623,10 @@ class Adapter:
             print(f"warning: {message}", file=sys.stderr)
         self.warned.add(kind)
 
+    def affordable_tokens(self) -> int:
+        """Returns how many tokens take SFT_COMPUTE: forward, again for rematerialised layers, and twice that back."""
+        return int(SFT_COMPUTE / (8 * sum(value.size for value in jax.tree.leaves(self.base))))
+
     def room_for(self, max_new_tokens: int) -> int:
         """Returns how many tokens of a prompt the context has room for beside the new ones."""
         most = self.config.max_position_embeddings - 1
@@ -636,8 +646,11 @@ class Adapter:
     def finetune(
         self, examples: Sequence[tuple[str, str]], key: jax.Array, epochs: int = SFT_EPOCHS,
         learning_rate: float = 2e-4, held_out: float = HELD_OUT, loss: Loss = mean_nll,
+        report: Callable[[int, int], None] = lambda done, total: None,
     ) -> dict[str, float]:  # fmt: skip
         """Fine-tunes LoRA on (prompt, response) pairs. Returns metrics, {} if there are no pairs.
+
+        Of more pairs than --sft-max-tokens allows the first ones are taken. `report` is told how many steps are done.
 
         The share `held_out` of the examples, at least one, only measures `nll_before` and `nll_after`:
         nats per response token, end token included. Fewer than four examples all measure and train.
@@ -647,12 +660,16 @@ class Adapter:
         if not examples:
             return {}
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
-        texts = [self.encode_example(*examples[i]) for i in rng.permutation(len(examples))]
+        texts = [self.encode_example(*example) for example in examples]
+        if self.sft_tokens is not None:
+            texts = texts[: max(SFT_ROWS, self.sft_tokens // (max(1, epochs) * row_length(texts)))]
+        texts = [texts[i] for i in rng.permutation(len(texts))]
         num_held = min(max(1, round(held_out * len(texts))), len(texts)) if len(texts) >= 4 else 0
         length = row_length(texts)
         training = pack(texts[num_held:], length)
         measured = pack(texts[:num_held], length) if num_held else training
         before = self.nll(measured)
+        total = epochs * math.ceil(len(training["tokens"]) / SFT_ROWS)
         steps = (
             (jax.random.fold_in(jax.random.fold_in(key, epoch), i), batch)
             for epoch in range(epochs)
@@ -669,13 +686,14 @@ class Adapter:
             good = self.lora, self.optimizer
             self.lora, self.optimizer = lora, optimizer
             losses.append(float(value))
+            report(len(losses), total)
         after = self.nll(measured) if losses else before
         if losses and not (math.isfinite(value) and math.isfinite(after)):  # it is the last step that was too much
             (self.lora, self.optimizer), finite = good, False
             after = self.nll(measured)
         return {
             "sft_loss": float(np.mean(losses)) if losses else before, "nll_before": before, "nll_after": after,
-            "examples": len(examples), "held_out": num_held, "sft_stopped": int(not finite),
+            "examples": len(texts), "held_out": num_held, "sft_stopped": int(not finite),
         }  # fmt: skip
 
     def nll(self, packed: dict[str, np.ndarray]) -> float:
@@ -756,6 +774,7 @@ def make_adapter(args: SftArgs, seed: int, game: Game) -> Adapter | NoAdapter:
     hint = "; or use --adapter none"
     adapter = open_adapter("--adapter", args.adapter, seed, hint, about(game), rank=args.lora_rank)
     adapter.temperature, adapter.max_tokens = args.adapter_temperature, args.adapter_max_tokens
+    adapter.sft_tokens = args.sft_max_tokens or adapter.affordable_tokens()
     with naming(f"--adapter: cannot use {args.adapter}", hint):
         adapter.check_room()
     return adapter

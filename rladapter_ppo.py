@@ -163,6 +163,11 @@ class Args:
         return min(1 if phase == 0 else self.updates_per_phase, self.num_updates - updates_done)
 
     @property
+    def learns(self) -> bool:
+        """Is the adapter fine-tuned?"""
+        return self.context.guided and self.sft.adapter != "none" and self.sft.sft_every > 0
+
+    @property
     def context(self) -> type[NoContext]:
         return CONTEXTS[self.guidance]
 
@@ -583,11 +588,12 @@ def add_up_ended(values: jax.Array, done: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def train_update(
     args: Args, agent: Agent, runner: Runner, table: GuidanceTable, exposure: Exposure
-) -> tuple[Runner, tuple[dict, dict], dict[str, jax.Array]]:
+) -> tuple[Runner, tuple[dict, dict, dict], tuple[dict, dict]]:
     """Makes one PPO update: a rollout and its epochs.
 
     Returns:
-        the runner; sums of what is logged, and of what came of each row; a sample of the situations met
+        the runner; sums of what is logged, of what came of each row, and of `look_back`; a sample of the situations
+        met, and the steps of `look_back`
     """
     runner, transitions, episodes = rollout(args, agent, runner, table, exposure)
     sums = jax.tree.map(lambda x: add_up_ended(x, transitions.done), episodes)
@@ -605,18 +611,35 @@ def train_update(
     chosen = jax.random.randint(key_sample, (agent.context.situations_per_update,), 0, args.batch_size)
     met = {"obs": transitions.obs, "facts": transitions.facts}
     situations = jax.tree.map(lambda x: x.reshape(args.batch_size, -1)[chosen], met)
-    return runner, (sums, outcomes), situations
+    found, history = look_back(args, transitions, chosen)
+    return runner, (sums, outcomes, found), (situations, history)
+
+
+def look_back(
+    args: Args, transitions: Transition, chosen: jax.Array
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Returns what hindsight.py learns from, where the adapter learns: sums of one rollout; and its steps (T, N, ...)
+    beside the numbers of those that were chosen."""
+    if not args.learns:
+        return {}, {}
+    seen = transitions.reached, transitions.facts
+    reached, facts = (x.reshape(args.batch_size, -1).astype(jnp.float32) for x in seen)
+    sums = {"times": reached.sum(0), "true_then": reached.T @ facts, "together": facts.T @ facts}
+    sums["steps"] = jnp.float32(args.batch_size)
+    packed = jnp.packbits(transitions.reached, axis=-1)
+    steps = {"reward": transitions.env_reward, "done": transitions.done, "reached": packed}
+    return sums, steps | {"chosen": chosen}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2,))
 def train_phase(
     args: Args, agent: Agent, runner: Runner, table: GuidanceTable, num_updates: jax.Array
-) -> tuple[Runner, dict[str, Any], dict[str, jax.Array], dict[str, jax.Array]]:
+) -> tuple[Runner, dict[str, Any], dict[str, jax.Array], dict[str, jax.Array], tuple[dict, dict]]:
     """Makes num_updates (traced, at most updates_per_phase) updates with a fixed table. The runner is donated.
 
     Returns:
-        the runner; sums of what is logged; sums of what came of each row; obs (U * 256, O) and facts
-        (U * 256, P) of situations met, of which those of the first num_updates updates are filled
+        the runner; sums of what is logged; sums of what came of each row; obs (U * 256, O) and facts (U * 256, P) of
+        situations met; sums and steps (U, ...) of `look_back`. Of U updates those of the first num_updates are filled
     """
     runner, exposure = draw_exposure(agent, runner, table)
 
@@ -630,9 +653,10 @@ def train_phase(
     _, sums, met = jax.eval_shape(functools.partial(train_update, args, agent), runner, table, exposure)
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     situations = jax.tree.map(lambda x: jnp.zeros((args.updates_per_phase, *x.shape), x.dtype), met)
-    runner, (sums, outcomes), situations = jax.lax.fori_loop(0, num_updates, one_update, (runner, sums, situations))
+    runner, sums, met = jax.lax.fori_loop(0, num_updates, one_update, (runner, sums, situations))
+    (sums, outcomes, found), (situations, history) = sums, met
     situations = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), situations)
-    return runner, *agent.env.replicate((sums, outcomes, situations))
+    return runner, *agent.env.replicate((sums, outcomes, situations, (found, history)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -793,14 +817,16 @@ def phase_metrics(args: Args, game: Game, sums: dict[str, Any], num_updates: int
 
 
 def tune_adapter(
-    args: Args, adapter: Any, examples: list[tuple[str, str]], key: jax.Array
+    args: Args, env: Any, table: HostTable, adapter: Any, key: jax.Array, report: Callable[[int, int], None]
 ) -> tuple[dict[str, float], list[dict[str, str]]]:
     """Fine-tunes the adapter. Returns metrics, and the lines of examples.jsonl.
 
     Training goes on where that fails: with loss or gradients that are no numbers, or without memory for it.
     """
+    examples = table.examples(env, args.sft.sft_data)
+    measured = table.agreement(env, adapter, key, "before") if examples else {}
     try:
-        tuned = adapter.finetune(examples, key, learning_rate=args.sft.sft_learning_rate)
+        tuned = adapter.finetune(examples, key, learning_rate=args.sft.sft_learning_rate, report=report)
         reason, way = "its loss or gradients became NaN or infinite", "a lower --sft-learning-rate"
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
@@ -810,7 +836,9 @@ def tune_adapter(
     if tuned.get("sft_stopped"):
         kept = "the last good weights are kept and training goes on"
         adapter.warn(reason, f"a fine-tuning of the adapter was stopped, {reason}; {kept}; try {way}")
-    tuned |= {"cut_prompts": adapter.cut_prompts}
+    if examples:
+        measured |= table.agreement(env, adapter, key, "after")
+    tuned |= measured | {"cut_prompts": adapter.cut_prompts}
     lines = [{"prompt": prompt, "response": response} for prompt, response in examples]
     return {f"adapter/{name}": value for name, value in tuned.items()}, lines
 
@@ -863,19 +891,20 @@ def main(args: Args, run: runs.Run) -> dict[str, Any] | None:
         with run.timed("train"):
             num_updates = args.updates_in_phase(phase, run.totals["global_step"] // args.batch_size)
             fixed = env.put((table.for_training(), np.int32(num_updates)))
-            runner, sums, outcomes, situations = jax.block_until_ready(train_phase(args, agent, runner, *fixed))
-        sums, outcomes, situations = env.to_host((sums, outcomes, situations))
+            runner, sums, *seen = jax.block_until_ready(train_phase(args, agent, runner, *fixed))
+        sums, outcomes, situations, (found, history) = env.to_host((sums, *seen))
         sums = jax.tree.map(np.float64, sums)
         met = num_updates * args.context.situations_per_update
         situations = {name: array[:met] for name, array in situations.items()}
 
-        # Learn: what came of each row; the analyses behind advice that won its trial tune the adapter
+        # Learn: what came of each row, and of the situations met; what the adapter should have said there tunes it
         table.add_outcomes(outcomes)
+        table.found.add(found, {name: array[:num_updates] for name, array in history.items()}, situations)
         run.append("outcomes.jsonl", table.outcome_lines(outcomes))
         worth, tuned = table.metrics(), {}
         if run.due(args.sft.sft_every):
             with run.timed("sft"):
-                tuned, lines = tune_adapter(args, adapter, table.examples(args.sft.sft_data), key_sft)
+                tuned, lines = tune_adapter(args, env, table, adapter, key_sft, run.show_tuning)
             run.append("examples.jsonl", lines)
         if args.llm.llm_async:  # now, so that nothing is under way when a checkpoint is written
             with run.timed("guidance"):

@@ -140,8 +140,11 @@ class Game:
         return None if index is None else (index, truth)
 
     def sub_goals_in_text(self, text: str) -> list[int]:
-        """Finds basic sub-goals that a free text names literally, in order of appearance, each once."""
-        lowered = text.lower()
+        """Finds basic sub-goals that a free text names literally, in order of appearance, each once.
+
+        Those in the name of a fact ("unlocked make stone pickaxe") that something takes are not named.
+        """
+        lowered = re.sub(r"\btakes [^.]*", "takes", text.lower())
         found = [
             (match.start(), i)
             for i, name in enumerate(self.basic_sub_goals)

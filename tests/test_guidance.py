@@ -316,21 +316,24 @@ def test_the_adapter_learns_from_what_it_named_and_what_won(analysis, expected):
     table = with_outcomes([100, 100], [1.0, 2.0], [1.0, 1.0])
     advice = [[GOAL["chop tree"], 0, int(table.rows.advice_id[0])]]
     table.analyses = [guidance.Analysis("prompt", analysis, advice)]
-    assert table.examples("best") == [("prompt", analysis)] * expected
+    assert table.examples(Words(), "best") == [("prompt", analysis)] * expected
     table.rows.trial[0, 0] *= -1  # now it lost
-    assert table.examples("best") == [] and table.examples("all") == [("prompt", analysis)]
+    assert table.examples(Words(), "best") == [] and table.examples(Words(), "all") == [("prompt", analysis)]
 
 
 def test_advice_in_a_row_that_was_overwritten_wins_nothing():
     table = with_outcomes([100, 100], [1.0, 2.0], [1.0, 1.0])
     table.analyses = [guidance.Analysis("prompt", "Chop tree.", [[GOAL["chop tree"], 0, 1]])]
-    assert table.examples("best")
+    assert table.examples(Words(), "best")
     table.rows.advice_id[0] = 2  # another piece of advice stands there now
-    assert not table.examples("best")
+    assert not table.examples(Words(), "best")
 
 
 def test_tuning_the_adapter_gives_the_examples_to_the_log():
-    metrics, lines = rl.tune_adapter(rl.Args(), rladapter_adapter.NoAdapter(), [("a", "b")], jax.random.key(0))
+    table, args = table_of(), rl.Args(sft=rladapter_adapter.SftArgs(sft_data="all"))
+    table.analyses = [guidance.Analysis("a", "b", [])]
+    parts = Words(), table, rladapter_adapter.NoAdapter(), jax.random.key(0), print
+    metrics, lines = rl.tune_adapter(args, *parts)
     assert lines == [{"prompt": "a", "response": "b"}] and metrics == {"adapter/cut_prompts": 0}
 
 

@@ -260,9 +260,11 @@ def guide_of(run: RunData) -> tuple[str, str]:
         return "none", "the policy is given facts, no advice" if given.get("guidance") == "facts" else "no guidance"
     kind, model = text(given.get("llm")), text(given.get("llm_model"))
     models = sorted({text(q.get("model")).removeprefix("http:") for q in run.guidance})
+    knowledge = text(run.flags.get("rules_knowledge", "expert"))
     for name in (kind, model, *models):
         if name in NO_LLM:
-            return name, NO_LLM[name]
+            other = f", which knows {knowledge} instead of this game" * (name == "rules" and knowledge != "expert")
+            return name, NO_LLM[name] + other
     if kind == "replay":
         return kind, f"repeats what the guide of another run said: {text(run.flags.get('llm_replay'))}"
     return model or kind or ", ".join(models) or "not known", "an LLM behind a server" if kind == "http" else ""

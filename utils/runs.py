@@ -36,8 +36,8 @@ TOTALS = (
 
 # Flags that summary.json repeats
 SUMMARY_FLAGS = (
-    "seed env_id guidance guidance_lookup guidance_bonus llm llm_model llm_async embed adapter trials sft_every "
-    "sft_data comprehension"
+    "seed env_id guidance guidance_lookup guidance_bonus llm rules_knowledge llm_model llm_async embed adapter trials "
+    "sft_every sft_data comprehension"
 ).split()
 
 
@@ -319,7 +319,8 @@ class Run:
             if tag.endswith("/score_all_episodes"):
                 self.totals["score_all_episodes"] = record[tag]
         status = self._status(record)
-        self.progress.update(self.task, completed=self.totals["global_step"], status=status)
+        at = self.totals["global_step"]
+        self.progress.update(self.task, description="training", completed=at, status=status)
         if not self.console.is_terminal:  # a bar would show nothing there until the end
             share = self.totals["global_step"] / self.args.total_steps
             self.console.print(f"phase {self.phase}  {share:4.0%}  {status}", highlight=False, soft_wrap=True)
@@ -397,6 +398,10 @@ class Run:
         if self.leads:
             run_folder.cut_logs(self.folder, self.phase)
         return runner, situations
+
+    def show_tuning(self, steps: int, total: int) -> None:
+        """Shows how far a fine-tuning of the adapter is."""
+        self.progress.update(self.task, description="fine-tuning", status=f"step {steps} of {total}")
 
     def show_evaluation(self, episodes: int, total: int) -> None:
         """Shows how far the final evaluation is. Raises KeyboardInterrupt if it is to stop: training is saved."""

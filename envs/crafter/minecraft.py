@@ -41,15 +41,16 @@ def advise(truths: dict[str, bool], named: Heard) -> Advice:
 
     Args:
         truths: the truth of every fact
-        named: basic sub-goals that the adapter's analysis names: they are put first. What it says that one takes is
-            believed for this reply.
+        named: basic sub-goals that the adapter's analysis names: they are put first, unless they are done. What it says
+            that one takes is believed for this reply.
     """
-    beliefs = dict(BELIEFS)
-    for number, takes in named.items():
-        if takes:  # what the sub-goal is for stays believed: until when it is wanted
-            wanted = [reason for reason in beliefs.get(BASIC_SUB_GOALS[number], ()) if reason.startswith("not ")]
-            beliefs[BASIC_SUB_GOALS[number]] = (*dict.fromkeys((*wanted, *takes)),)
-    advice = {BASIC_SUB_GOALS[i]: reasons_for(BASIC_SUB_GOALS[i], truths, beliefs) for i in named}
+    beliefs, advice = dict(BELIEFS), {}
+    for sub_goal, takes in ((BASIC_SUB_GOALS[i], takes) for i, takes in named.items()):
+        wanted = [reason for reason in beliefs.get(sub_goal, ()) if reason.startswith("not ")]
+        if takes:  # until when it is wanted stays believed
+            beliefs[sub_goal] = (*dict.fromkeys((*wanted, *takes)),)
+        if holds(truths, wanted):
+            advice[sub_goal] = reasons_for(sub_goal, truths, beliefs)
     for sub_goal, reasons in beliefs.items():
         if holds(truths, reasons):
             advice.setdefault(sub_goal, reasons)

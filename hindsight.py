@@ -1,0 +1,193 @@
+"""What RL finds out, in words: examples to fine-tune the adapter on, and a measure of what it says.
+
+    phase   found.add(history, situations)     what came of a sample of situations, and what sub-goals take
+            found.examples(...)                the analyses that would have been right there
+            found.agreement(...)               how often what an adapter names was reached, and paid
+
+*Hindsight*: of a situation that the player was in, the sub-goals that it reached next, where that paid more than is
+usual in such a situation. *Experience*: the facts that were true whenever a sub-goal was reached. Both are made of what
+a player can see, of its rewards, and of nothing that the game's rules say. No LLM is asked.
+
+M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of an observation.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from envs.game import Game
+from rladapter_adapter import suggestion
+
+HORIZON = 64  # steps that are looked ahead: what was reached, what it paid
+MAX_REMEMBERED = 4096  # situations, the latest
+HELD_OUT = 64  # of the latest phase's situations: these only measure
+NEXT = 2  # sub-goals that an analysis suggests, at most
+RIDGE = 10.0  # strength of the prior of `usual`: as many situations in which nothing was earned
+MIN_TIMES = 20  # a sub-goal was reached so often before anything is said of what it takes
+ALWAYS, OFTEN = 0.99, 0.8  # share of these times from which a fact counts as needed, unless it is so often true anyway
+MAX_FACTS = 5  # that a sentence says of what a sub-goal takes, the rarest ones
+
+
+def look_ahead(history: dict[str, np.ndarray], steps: np.ndarray, envs: np.ndarray) -> dict[str, np.ndarray]:
+    """Finds what came of situations within HORIZON steps, or to the end of the episode.
+
+    Args:
+        history: of a phase reward (S, N), done (S, N), reached (S, N, G)
+        steps, envs: (M,) which situations
+    Returns:
+        returns (M,); when (M, G), after how many steps each sub-goal was reached first, HORIZON for never;
+        known (M,), False where the phase ended before
+    """
+    num_steps, num_goals = len(history["done"]), history["reached"].shape[-1]
+    returns, alive = np.zeros(len(steps)), np.ones(len(steps), bool)
+    when = np.full((len(steps), num_goals), HORIZON, np.int32)
+    known = np.ones(len(steps), bool)
+    for ahead in range(HORIZON):
+        known &= (steps + ahead < num_steps) | ~alive
+        at = np.minimum(steps + ahead, num_steps - 1), envs
+        returns += history["reward"][at] * alive
+        when = np.where(history["reached"][at] & alive[:, None] & (when == HORIZON), ahead, when)
+        alive = alive & ~history["done"][at]
+    return {"returns": returns, "when": when, "known": known}
+
+
+def usual(facts: np.ndarray, returns: np.ndarray) -> np.ndarray:
+    """Says what is usually earned in situations with these facts (M, P), by ridge regression on returns (M,): (M,)."""
+    inputs = np.concatenate([facts, np.ones((len(facts), 1))], 1).astype(np.float64)
+    weights = np.linalg.solve(inputs.T @ inputs + RIDGE * np.eye(inputs.shape[1]), inputs.T @ returns)
+    return inputs @ weights
+
+
+class Found:
+    """What was found out so far: the latest situations with what came of them, and counts of all phases."""
+
+    def __init__(self, game: Game, obs_size: int):
+        num_facts, goals = len(game.facts), game.num_basic
+        self.game, self.num = game, 0  # situations so far
+        self.arrays = SimpleNamespace(
+            obs=np.zeros((MAX_REMEMBERED, obs_size), np.uint8),
+            facts=np.zeros((MAX_REMEMBERED, num_facts), bool),
+            when=np.zeros((MAX_REMEMBERED, goals), np.int32),  # of `look_ahead`
+            returns=np.zeros(MAX_REMEMBERED),
+            held=np.zeros(MAX_REMEMBERED, bool),  # measures only, until there is a later phase
+            times=np.zeros(goals),  # how often each sub-goal was reached
+            true_then=np.zeros((goals, num_facts)),  # how often each fact was true then
+            together=np.zeros((num_facts, num_facts)),  # in how many of all steps were both facts true
+            steps=np.zeros(()),
+        )
+
+    def add(self, sums: dict[str, np.ndarray], history: dict[str, np.ndarray], met: dict[str, np.ndarray]) -> None:
+        """Takes in a phase of U updates, T steps each. Without any history there is nothing to learn for.
+
+        Args:
+            sums: times, true_then, together, steps, as above
+            history: reward (U, T, N), done (U, T, N), reached (U, T, N, G / 8) packed bits; chosen (U, M / U), which
+                of the T * N situations of an update were met
+            met: these: obs (M, O), facts (M, P)
+        """
+        if not history:
+            return
+        arrays, goals = self.arrays, self.game.num_basic
+        for name, value in sums.items():
+            setattr(arrays, name, getattr(arrays, name) + value)
+        num_updates, num_steps, num_envs = history["done"].shape
+        update = np.repeat(np.arange(num_updates), history["chosen"].shape[1])
+        step, env = np.divmod(history["chosen"].ravel(), num_envs)
+        reached = np.unpackbits(history["reached"], axis=-1, count=goals).astype(bool)
+        whole = {"reward": history["reward"], "done": history["done"], "reached": reached}
+        whole = {name: array.reshape(-1, *array.shape[2:]) for name, array in whole.items()}
+        came = look_ahead(whole, update * num_steps + step, env)
+        new = np.flatnonzero(came["known"])[-MAX_REMEMBERED:]
+        rows = (self.num + np.arange(len(new))) % MAX_REMEMBERED
+        arrays.held[:] = False
+        for name, source in (("obs", met), ("facts", met), ("when", came), ("returns", came)):
+            getattr(arrays, name)[rows] = source[name][new]
+        arrays.held[rows[:: max(1, len(rows) // HELD_OUT)][:HELD_OUT]] = True
+        self.num += len(new)
+
+    def gains(self) -> np.ndarray:
+        """Returns what each remembered situation brought, beyond what is usual there: (M,)."""
+        most = min(self.num, MAX_REMEMBERED)
+        facts, returns = self.arrays.facts[:most], self.arrays.returns[:most]
+        return returns - usual(facts, returns) if most else returns
+
+    def takes(self, goal: int) -> list[str]:
+        """Returns the facts that were true whenever a sub-goal was reached, and are not so anyway; [] if unknown.
+
+        At most MAX_FACTS, the rarest ones, and none that another of them implies: "wood >= 2" and not "wood >= 1".
+        """
+        arrays = self.arrays
+        if arrays.times[goal] < MIN_TIMES:
+            return []
+        true = arrays.together.diagonal()
+        usually = true / max(float(arrays.steps), 1.0)
+        always = (arrays.true_then[goal] >= ALWAYS * arrays.times[goal]) & (usually < OFTEN)
+        found: list[int] = []
+        for i in sorted(np.flatnonzero(always).tolist(), key=lambda i: (true[i], i)):
+            if not any(arrays.together[i, other] >= ALWAYS * true[other] for other in found):
+                found.append(i)
+        return [self.game.facts[i] for i in found[:MAX_FACTS]]
+
+    def examples(
+        self, source: str, most: int, prompt_of: Callable[[np.ndarray, np.ndarray], str]
+    ) -> list[tuple[str, str]]:
+        """Makes (prompt, analysis) pairs, the most telling first: those whose situations brought most.
+
+        Args:
+            source: hindsight, or experience, which also says what the sub-goals take
+            most: pairs
+            prompt_of: the adapter's prompt for obs (O,) and facts (P,)
+        """
+        gains, arrays = self.gains(), self.arrays
+        pays = (gains > 0) & ~arrays.held[: len(gains)] & (arrays.when[: len(gains)] < HORIZON).any(1)
+        chosen = [i for i in np.argsort(-gains, kind="stable").tolist() if pays[i]][:most]
+        pairs: dict[tuple[str, str], None] = {}
+        for i in chosen:
+            goals = next_goals(arrays.when[i])
+            text = suggestion([self.game.sub_goals[goal] for goal in goals])
+            if source == "experience":
+                takes = {goal: self.takes(goal) for goal in goals}
+                text = " ".join([text, *(self.game.experience_text(g, facts) for g, facts in takes.items() if facts)])
+            pairs[prompt_of(arrays.obs[i], arrays.facts[i]), text] = None
+        return list(pairs)
+
+    def held_out(self, prompt_of: Callable[[np.ndarray, np.ndarray], str]) -> tuple[np.ndarray, list[str]]:
+        """Returns the situations that only measure, and the adapter's prompts for them."""
+        rows = np.flatnonzero(self.arrays.held)
+        return rows, [prompt_of(self.arrays.obs[i], self.arrays.facts[i]) for i in rows]
+
+    def agreement(self, rows: np.ndarray, named: Iterable[Sequence[int]]) -> float | None:
+        """Returns the share of the sub-goals named for situations that were reached there, and paid; None without any.
+
+        A sub-goal that is named for a situation agrees with what RL found out if it was reached within HORIZON steps,
+        where these steps brought more than is usual.
+        """
+        gains, agreed = self.gains(), []
+        for row, goals in zip(rows, named, strict=True):
+            agreed += [bool(gains[row] > 0 and self.arrays.when[row, goal] < HORIZON) for goal in goals]
+        return float(np.mean(agreed)) if agreed else None
+
+    def possible(self, rows: np.ndarray) -> list[list[int]]:
+        """Returns the sub-goals that have all that the game demands of them, in situations."""
+        needs = self.game.needs_matrix[: self.game.num_basic]
+        facts = self.arrays.facts[rows].astype(np.float32)
+        can = facts @ needs.T >= (needs > 0).sum(1) - 0.5
+        return [np.flatnonzero(row).tolist() for row in can]
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {f"found_{name}": value for name, value in vars(self.arrays).items()}
+
+    def load_state(self, arrays: dict[str, Any], num: int) -> None:
+        """Takes what `state` gave."""
+        self.num = num
+        for name in vars(self.arrays):
+            if f"found_{name}" in arrays:
+                setattr(self.arrays, name, np.array(arrays.pop(f"found_{name}")))
+
+
+def next_goals(when: np.ndarray) -> list[int]:
+    """Returns the sub-goals (at most NEXT) that were reached first, given after how many steps each was: (G,)."""
+    order = np.argsort(when, kind="stable")[:NEXT]
+    return [int(goal) for goal in order if when[goal] < HORIZON]

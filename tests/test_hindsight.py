@@ -1,0 +1,243 @@
+"""What RL finds out: what came of situations, what sub-goals take, examples, agreement."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_guidance import Words, table_of
+
+import hindsight
+import rladapter_adapter as ra
+import rladapter_ppo as rl
+from envs.crafter import CRAFTER
+from envs.crafter.vocabulary import FACTS, NUM_BASIC
+from hindsight import HORIZON, Found, look_ahead, next_goals, usual
+
+GOAL, FACT = CRAFTER.sub_goal_numbers, CRAFTER.fact_numbers
+
+
+def history_of(rng, steps, envs, goals):
+    return {
+        "reward": rng.normal(size=(steps, envs)),
+        "done": rng.random((steps, envs)) < 0.02,
+        "reached": rng.random((steps, envs, goals)) < 0.01,
+    }
+
+
+def test_look_ahead_against_a_loop():
+    rng = np.random.default_rng(0)
+    history = history_of(rng, 200, 3, 4)
+    steps, envs = rng.integers(200, size=300), rng.integers(3, size=300)
+    came = look_ahead(history, steps, envs)
+    for i, (step, env) in enumerate(zip(steps, envs, strict=True)):
+        total, when, known = 0.0, [HORIZON] * 4, False
+        for ahead in range(HORIZON):
+            if step + ahead == 200:
+                break
+            total += history["reward"][step + ahead, env]
+            for goal in np.flatnonzero(history["reached"][step + ahead, env]):
+                when[goal] = min(when[goal], ahead)
+            if history["done"][step + ahead, env] or ahead == HORIZON - 1:
+                known = True
+                break
+        assert came["known"][i] == known
+        if known:
+            assert came["when"][i].tolist() == when
+            np.testing.assert_allclose(came["returns"][i], total)
+    assert 0.5 < came["known"].mean() < 1
+
+
+def test_what_is_usual_is_what_situations_with_these_facts_bring():
+    rng = np.random.default_rng(1)
+    facts = rng.random((3000, 5)) < 0.5
+    returns = 3.0 * facts[:, 2] - facts[:, 4] + 1 + rng.normal(size=3000)
+    np.testing.assert_allclose(usual(facts, returns), 3.0 * facts[:, 2] - facts[:, 4] + 1, atol=0.25)
+
+
+def test_next_goals():
+    when = np.full(NUM_BASIC, HORIZON)
+    assert next_goals(when) == []
+    when[[7, 3, 5]] = [0, 9, 4]
+    assert next_goals(when) == [7, 5]
+
+
+def phase_of(updates=2, steps=HORIZON, envs=3, chosen=((0, 1, 2), (3, 4, 5))):
+    """A phase in which nothing happens; of its last rollout there is a step too little to look at."""
+    return {
+        "reward": np.zeros((updates, steps, envs), np.float32),
+        "done": np.zeros((updates, steps, envs), bool),
+        "reached": np.zeros((updates, steps, envs, NUM_BASIC), bool),
+        "chosen": np.array(chosen),
+    }
+
+
+def add(found, history, facts, sums=None):
+    met = {"obs": np.arange(2 * len(facts), dtype=np.uint8).reshape(-1, 2), "facts": np.asarray(facts, bool)}
+    history = history | {"reached": np.packbits(history["reached"], axis=-1)}
+    found.add(sums or {}, history, met)
+
+
+def test_a_phase_is_seen_as_a_whole_and_what_it_does_not_show_is_left_out():
+    """The first rollout's situations look into the second one, those of the second have not enough to look at."""
+    found, history = Found(CRAFTER, 2), phase_of()
+    history["reached"][1, 0, 1, GOAL["mine iron"]] = True  # HORIZON steps after the beginning: one too late
+    history["reached"][0, HORIZON - 1, 2, GOAL["sleep"]] = True
+    history["done"][1, 5, 0] = True
+    history["reward"][1, 5, 0] = 2.5
+    history["reward"][1, 6, 0] = 9.0  # of the next life
+    add(found, history, np.zeros((6, len(FACTS))))
+    assert found.num == 4  # all of the first rollout, and the one whose life ended
+    assert found.arrays.returns[:4].tolist() == [0.0, 0.0, 0.0, 2.5]
+    assert [next_goals(when) for when in found.arrays.when[:4]] == [[], [], [GOAL["sleep"]], []]
+    assert found.arrays.obs[3].tolist() == [6, 7]
+
+
+def test_nothing_is_kept_where_nothing_is_learnt():
+    found = Found(CRAFTER, 2)
+    found.add({}, {}, {"obs": np.zeros((3, 2)), "facts": np.zeros((3, len(FACTS)))})
+    assert found.num == 0 and not len(found.gains()) and found.examples("hindsight", 9, str) == []
+
+
+def counts(always=(), base=(), times=40, steps=1000):
+    """Sums of a phase in which iron was mined when the facts of `always` were true; base: in how many steps they are."""
+    then, together = np.zeros((NUM_BASIC, len(FACTS))), np.zeros((len(FACTS), len(FACTS)))
+    for name in always:
+        then[GOAL["mine iron"], FACT[name]] = times
+    for name, count in base:
+        together[FACT[name], FACT[name]] = count
+    reached = np.zeros(NUM_BASIC)
+    reached[GOAL["mine iron"]] = times
+    return {"times": reached, "true_then": then, "together": together, "steps": steps}
+
+
+def test_what_a_sub_goal_takes_is_what_was_always_so_and_is_not_so_anyway():
+    found = Found(CRAFTER, 2)
+    names = ("iron in view", "unlocked make stone pickaxe", "tree known", "iron known")
+    sums = counts(names, zip(names, (90, 300, 950, 120), strict=True))
+    sums["true_then"][GOAL["mine iron"], FACT["dark"]] = 38  # of 40: not always
+    sums["together"][FACT["iron in view"], FACT["iron known"]] = 90  # seen is known: it need not be said
+    sums["together"][FACT["iron known"], FACT["iron in view"]] = 90
+    add(found, phase_of(), np.zeros((6, len(FACTS))), sums)
+    assert found.takes(GOAL["mine iron"]) == ["iron in view", "unlocked make stone pickaxe"]
+    assert found.takes(GOAL["mine coal"]) == []  # never reached
+
+
+def test_too_few_times_say_nothing():
+    found = Found(CRAFTER, 2)
+    add(found, phase_of(), np.zeros((6, len(FACTS))), counts(["iron in view"], [("iron in view", 90)], times=19))
+    assert found.takes(GOAL["mine iron"]) == []
+
+
+def paying(found):
+    """The middle env mines iron and is paid for it, the last one sleeps and is not."""
+    history = phase_of(updates=3, chosen=[(0, 1, 2), (0, 1, 2), (3, 4, 5)])
+    history["reached"][:, 10, 1, GOAL["mine iron"]] = history["reached"][:, 10, 2, GOAL["sleep"]] = True
+    history["reward"][:, 10, 1] = 1.0
+    facts = np.zeros((9, len(FACTS)), bool)
+    facts[:, FACT["iron in view"]] = [False, True, True] * 3  # so half of what is in view pays
+    add(found, history, facts)
+    return facts
+
+
+def test_examples_are_of_what_paid_and_held_out_situations_are_none_of_them():
+    found = Found(CRAFTER, 2)
+    paying(found)
+    assert found.num == 6 and found.arrays.held[:6].all()  # few situations: all of them measure
+    assert found.examples("hindsight", 9, lambda obs, facts: f"obs {obs[0]}") == []
+    found.arrays.held[:] = False
+    pairs = found.examples("hindsight", 9, lambda obs, facts: f"obs {obs[0]}")
+    assert pairs == [(f"obs {i}", "The most urgent sub-goal now is mine iron.") for i in (2, 8)]
+    assert found.examples("hindsight", 1, lambda obs, facts: f"obs {obs[0]}") == pairs[:1]
+
+
+def test_experience_says_what_it_takes_in_words_that_are_read_back():
+    found = Found(CRAFTER, 2)
+    paying(found)
+    found.arrays.held[:] = False
+    names = ("iron in view", "unlocked make stone pickaxe")
+    for name, value in counts(names, zip(names, (90, 300), strict=True)).items():
+        setattr(found.arrays, name, value)
+    (_, text), *_ = found.examples("experience", 1, lambda obs, facts: "prompt")
+    assert text.startswith(ra.suggestion(["mine iron"]) + " ")
+    assert CRAFTER.heard_in_text(text) == {GOAL["mine iron"]: names}
+
+
+def test_agreement():
+    found = Found(CRAFTER, 2)
+    paying(found)
+    rows, prompts = found.held_out(lambda obs, facts: f"obs {obs[0]}")
+    assert prompts == [f"obs {2 * i}" for i in range(6)]
+    iron, sleep = GOAL["mine iron"], GOAL["sleep"]
+    assert found.agreement(rows, [[iron]] * 6) == pytest.approx(2 / 6)
+    assert found.agreement(rows, [[], [iron], [sleep], [], [iron, sleep], []]) == pytest.approx(2 / 4)
+    assert found.agreement(rows, [[]] * 6) is None
+
+
+def test_possible_is_what_the_game_demands():
+    found = Found(CRAFTER, 2)
+    facts = paying(found)
+    demands = CRAFTER.needs["chop grass"], CRAFTER.needs["mine iron"]
+    assert demands == ((), ("unlocked make stone pickaxe", "iron in view"))
+    assert GOAL["mine iron"] not in found.possible(np.array([1]))[0] and GOAL["chop grass"] in found.possible([0])[0]
+    found.arrays.facts[1, FACT["unlocked make stone pickaxe"]] = True
+    assert GOAL["mine iron"] in found.possible(np.array([1]))[0] and facts[1, FACT["iron in view"]]
+
+
+def test_the_oldest_situations_are_forgotten(monkeypatch):
+    monkeypatch.setattr(hindsight, "MAX_REMEMBERED", 4)
+    found = Found(CRAFTER, 2)
+    for _ in range(2):
+        add(found, phase_of(), np.zeros((6, len(FACTS))))  # three of six are known
+    assert found.num == 6 and sorted(found.arrays.obs[:, 0].tolist()) == [0, 2, 4, 4]
+
+
+def test_a_table_keeps_what_was_found():
+    table, other = table_of(), table_of()
+    paying(table.found)
+    arrays, rest = table.state()
+    other.load_state(arrays, rest)
+    assert other.found.num == 6
+    for name, value in vars(table.found.arrays).items():
+        np.testing.assert_array_equal(getattr(other.found.arrays, name), value)
+    without = {name: value for name, value in arrays.items() if not name.startswith("found_")}
+    table_of().load_state(without, {key: value for key, value in rest.items() if key != "found"})  # an older run's
+
+
+class Parrot:
+    """Names one sub-goal in every analysis."""
+
+    def __init__(self, goal):
+        self.text = ra.suggestion([goal])
+
+    def analyse(self, prompts, key):
+        assert all(ra.INSTRUCTION in prompt for prompt in prompts)
+        return [self.text] * len(prompts)
+
+
+def test_a_table_measures_what_an_adapter_names():
+    table = table_of()
+    paying(table.found)
+    before = table.agreement(Words(), Parrot("mine iron"), None, "before")
+    assert before["agreement_before"] == pytest.approx(2 / 6) and before["agreement_rules"] is not None
+    assert before["agreement_possible"] == 0  # nothing that is possible there was reached
+    assert table.agreement(Words(), Parrot("mine coal"), None, "after") == {"agreement_after": 0}
+    assert table_of().agreement(Words(), Parrot("mine iron"), None, "before") == {}  # nothing is known yet
+
+
+def test_what_a_rollout_shows():
+    """The sums and the packed steps that the device gives are those of the transitions."""
+    rng = np.random.default_rng(2)
+    steps, envs, goals, facts = 4, 3, 11, 6
+    reached, true = rng.random((steps, envs, goals)) < 0.4, rng.random((steps, envs, facts)) < 0.5
+    fields = dict.fromkeys((field.name for field in dataclasses.fields(rl.Transition)), None)
+    seen = {"reached": jnp.asarray(reached), "facts": jnp.asarray(true), "env_reward": jnp.ones((steps, envs))}
+    transitions = rl.Transition(**fields | seen | {"done": jnp.zeros((steps, envs), bool)})
+    args = rl.Args(num_envs=envs, num_steps=steps)
+    assert rl.look_back(dataclasses.replace(args, guidance="none"), transitions, jnp.arange(2)) == ({}, {})
+    sums, history = rl.look_back(args, transitions, jnp.arange(2))
+    np.testing.assert_array_equal(np.unpackbits(history["reached"], axis=-1, count=goals).astype(bool), reached)
+    np.testing.assert_allclose(sums["times"], reached.sum((0, 1)))
+    np.testing.assert_allclose(sums["true_then"], np.einsum("tng,tnp->gp", reached.astype(float), true))
+    np.testing.assert_allclose(sums["together"], np.einsum("tnp,tnq->pq", true.astype(float), true))
+    assert sums["steps"] == steps * envs

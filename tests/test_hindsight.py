@@ -100,7 +100,7 @@ def test_nothing_is_kept_where_nothing_is_learnt():
 
 
 def counts(always=(), base=(), times=40, steps=1000):
-    """Sums of a phase in which iron was mined when the facts of `always` were true; base: in how many steps they are."""
+    """Sums of a phase in which iron was mined when `always` was true; base: in how many steps facts are."""
     then, together = np.zeros((NUM_BASIC, len(FACTS))), np.zeros((len(FACTS), len(FACTS)))
     for name in always:
         then[GOAL["mine iron"], FACT[name]] = times

@@ -4,9 +4,10 @@
             found.examples(...)                the analyses that would have been right there
             found.agreement(...)               how often what an adapter names was reached, and paid
 
-*Hindsight*: of a situation that the player was in, the sub-goals that it reached next, where that paid more than is
-usual in such a situation. *Experience*: the facts that were true whenever a sub-goal was reached. Both are made of what
-a player can see, of its rewards, and of nothing that the game's rules say. No LLM is asked.
+*Hindsight*: of a situation that the player was in, the rarest sub-goals that it reached soon after, where that paid
+more than is usual in such a situation: what is often reached needs no advice. *Experience*: the facts that were true
+whenever a sub-goal was reached. Both are made of what a player can see, of its rewards, and of nothing that the game's
+rules say. No LLM is asked.
 
 M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of an observation.
 """
@@ -23,9 +24,9 @@ from rladapter_adapter import suggestion
 HORIZON = 64  # steps that are looked ahead: what was reached, what it paid
 MAX_REMEMBERED = 4096  # situations, the latest
 HELD_OUT = 64  # of the latest phase's situations: these only measure
-NEXT = 2  # sub-goals that an analysis suggests, at most
+SUGGESTED = 2  # sub-goals that an analysis suggests, at most
 RIDGE = 10.0  # strength of the prior of `usual`: as many situations in which nothing was earned
-MIN_TIMES = 20  # a sub-goal was reached so often before anything is said of what it takes
+MIN_TIMES = 5  # a sub-goal was reached so often before anything is said of what it takes
 ALWAYS, OFTEN = 0.99, 0.8  # share of these times from which a fact counts as needed, unless it is so often true anyway
 MAX_FACTS = 5  # that a sentence says of what a sub-goal takes, the rarest ones
 
@@ -133,25 +134,43 @@ class Found:
     def examples(
         self, source: str, most: int, prompt_of: Callable[[np.ndarray, np.ndarray], str]
     ) -> list[tuple[str, str]]:
-        """Makes (prompt, analysis) pairs, the most telling first: those whose situations brought most.
+        """Makes (prompt, analysis) pairs, the most telling first.
 
         Args:
             source: hindsight, or experience, which also says what the sub-goals take
             most: pairs
             prompt_of: the adapter's prompt for obs (O,) and facts (P,)
         """
-        gains, arrays = self.gains(), self.arrays
-        pays = (gains > 0) & ~arrays.held[: len(gains)] & (arrays.when[: len(gains)] < HORIZON).any(1)
-        chosen = [i for i in np.argsort(-gains, kind="stable").tolist() if pays[i]][:most]
-        pairs: dict[tuple[str, str], None] = {}
-        for i in chosen:
-            goals = next_goals(arrays.when[i])
+        arrays, pairs = self.arrays, {}
+        for i in self.most_telling()[:most]:
+            goals = self.worth_saying(i)
             text = suggestion([self.game.sub_goals[goal] for goal in goals])
             if source == "experience":
                 takes = {goal: self.takes(goal) for goal in goals}
                 text = " ".join([text, *(self.game.experience_text(g, facts) for g, facts in takes.items() if facts)])
             pairs[prompt_of(arrays.obs[i], arrays.facts[i]), text] = None
         return list(pairs)
+
+    def worth_saying(self, i: int) -> list[int]:
+        """Returns the rarest sub-goals (at most SUGGESTED) that were reached after a situation, in that order."""
+        when = self.arrays.when[i]
+        reached = np.flatnonzero(when < HORIZON)
+        rarest = reached[np.argsort(self.arrays.times[reached], kind="stable")][:SUGGESTED]
+        return sorted(rarest.tolist(), key=lambda goal: when[goal])
+
+    def most_telling(self) -> list[int]:
+        """Returns the situations that make examples: of each sub-goal that is worth saying first the one that brought
+        most, the rarest sub-goal first, then of each the second, and so on."""
+        gains = self.gains()
+        turns: dict[int, int] = {}  # sub-goal -> situations of it so far
+        order = []
+        for i in np.argsort(-gains, kind="stable").tolist():
+            reached = np.flatnonzero(self.arrays.when[i] < HORIZON)
+            if gains[i] > 0 and len(reached) and not self.arrays.held[i]:
+                rarest = int(reached[self.arrays.times[reached].argmin()])
+                turns[rarest] = turns.get(rarest, 0) + 1
+                order.append((turns[rarest], self.arrays.times[rarest], len(order), i))
+        return [i for *_, i in sorted(order)]
 
     def held_out(self, prompt_of: Callable[[np.ndarray, np.ndarray], str]) -> tuple[np.ndarray, list[str]]:
         """Returns the situations that only measure, and the adapter's prompts for them."""
@@ -185,9 +204,3 @@ class Found:
         for name in vars(self.arrays):
             if f"found_{name}" in arrays:
                 setattr(self.arrays, name, np.array(arrays.pop(f"found_{name}")))
-
-
-def next_goals(when: np.ndarray) -> list[int]:
-    """Returns the sub-goals (at most NEXT) that were reached first, given after how many steps each was: (G,)."""
-    order = np.argsort(when, kind="stable")[:NEXT]
-    return [int(goal) for goal in order if when[goal] < HORIZON]

@@ -6,8 +6,9 @@ tokenizer, trained from scratch on text that is made up from real Craftax situat
     python assets/make_adapter_tiny.py --measure-only runs/NAME/adapter --samples 20
 
 It learns the language and to read a situation, not the strategy: the teacher (`write_analysis`) says how well the last
-advice was understood, states a fact or two of the caption, and suggests a sub-goal or two drawn *at random* among those
-whose things the caption mentions. Which of them is best is for RL to find out, and reaches the adapter by fine-tuning.
+advice was understood, states a fact or two of the caption, suggests a sub-goal or two drawn *at random* among those
+whose things the caption mentions, and now and then says of one that it takes facts drawn at random. Which sub-goals are
+best, and what they take, is for RL to find out, and reaches the adapter by fine-tuning.
 Read it top down: the teacher, the tokenizer, the training, the measures.
 """
 
@@ -37,7 +38,7 @@ from random_situations import random_observations  # noqa: E402
 from envs import make_env  # noqa: E402
 from envs.crafter import CRAFTER  # noqa: E402
 from envs.crafter import vocabulary as words  # noqa: E402
-from envs.crafter.captions import ABOUT, Scene, read_caption  # noqa: E402
+from envs.crafter.captions import ABOUT, Scene, read_caption, truths_of  # noqa: E402
 from rladapter_adapter import (  # noqa: E402
     INSTRUCTION,
     PROJECTIONS,
@@ -86,6 +87,7 @@ UNDERSTOOD = {
     "unknown": ("How well {last} went is unknown.", "Advice on {last} has no score yet.", "No score for {last} yet."),
 }
 NO_ADVICE = ("There was no advice before.", "No advice was given before.")
+SHORT, TAKES = 0.3, 0.1  # shares of the analyses that are nothing but the suggestion, and that say what it takes
 # Statements name things, not how many or where: the LLM has the caption too, and to copy numbers takes a larger model.
 STATEMENTS = {
     "see": ("It sees {}.", "There is {} in view."), "hold": ("It holds {}.", "It has {}."), "lack": ("It has no {}.",),
@@ -146,14 +148,18 @@ def write_analysis(
     if others and (not facts or rng.random() < 0.5):
         facts.append(str(rng.choice(others)))
     goals = rng.permutation(possible_sub_goals(caption))[: rng.integers(1, 3)]
-    sentences += [*facts, suggestion(goals)]
+    sentences = [*sentences, *facts] * (rng.random() > SHORT) + [suggestion(goals)]
+    if rng.random() < TAKES:
+        true = [name for name, so in truths_of(read_caption(caption)).items() if so]
+        takes = rng.permutation(true)[: rng.integers(1, 5)]
+        sentences.append(CRAFTER.experience_text(CRAFTER.sub_goal_numbers[goals[0]], takes))
     return " ".join(sentences)
 
 
 # ------------------------------------------------------------------------------------------- the model and its tokens
 
 TINY = LmConfig(
-    vocab_size=768, hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
+    vocab_size=896, hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-6, max_position_embeddings=1024, tie_word_embeddings=True,
 )  # fmt: skip
 END, PAD, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
@@ -171,12 +177,13 @@ def phrases() -> list[str]:
     fixed = [
         "You see:", ".\nRemembered:", ".\nFacing:", ".\nInventory:", ".\nVitals (of 9):",
         ".\nIt is day. The player is awake.", ".\nIt is dark. The player is awake.", "\nUnlocked:",
-        " The most urgent sub-goal now is", " The most urgent sub-goals now are", "\nPrevious sub-goals:",
+        "The most urgent sub-goal now is", "The most urgent sub-goals now are", " takes", "\nPrevious sub-goals:",
         ".\nComprehension score: 0.", *(f" {text}" for text in ABOUT.values()),
         f".\n{UNKNOWN_SCORE}", f"\n{INSTRUCTION}",
     ]  # fmt: skip
     names = [*CRAFTER.sub_goals, *(name.replace("_", " ") for name in CRAFTER.achievements)]
     names += map(gerund, CRAFTER.basic_sub_goals)
+    names += CRAFTER.facts
     names += [f"{sight} (" for sight in words.SIGHTS] + [*words.VITALS, *words.INVENTORY, *words.SIGHTS]
     return list(dict.fromkeys(fixed + [f" {name}" for name in names]))
 
@@ -267,7 +274,7 @@ def pretrain_optimizer(steps: int) -> Any:
 @partial(jax.jit, static_argnames=("graphdef", "steps"), donate_argnames=("base", "optimizer"))
 def pretrain_step(graphdef: Any, base: Tree, optimizer: Any, batch: Tree, steps: int) -> tuple[Tree, Any, jax.Array]:
     """Does one step on the base weights, of `steps` in all. Returns base, optimizer, and the loss before the step."""
-    loss, gradient = jax.value_and_grad(mean_nll, argnums=1)(graphdef, base, {"lora": {}}, batch)
+    loss, gradient = jax.value_and_grad(mean_nll, argnums=1)(graphdef, base, {"lora": {}}, batch, remat=False)
     updates, optimizer = pretrain_optimizer(steps).update(gradient, optimizer, base)
     return optax.apply_updates(base, updates), optimizer, loss
 

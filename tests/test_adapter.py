@@ -1184,3 +1184,70 @@ def test_a_pause_whose_analyses_name_nothing_warns_once(capsys, monkeypatch):
     assert "names a sub-goal" in pause() and pause() == ""
     adapter.warned, texts[1] = set(), "Try to chop tree."
     assert pause() == ""
+
+
+# ------------------------------------------------------------------------------------------- words and budgets
+
+
+def test_the_system_prompt_names_every_basic_sub_goal_and_the_suggestion_is_read_back():
+    assert all(name in ra.about(CRAFTER) for name in CRAFTER.basic_sub_goals)
+    for names in (["mine iron"], ["mine iron", "sleep"]):
+        text = ra.suggestion(names)
+        assert [CRAFTER.sub_goals[i] for i in CRAFTER.sub_goals_in_text(text)] == names
+
+
+def gradient_of(adapter, batch, remat):
+    loss = jax.grad(lambda lora: ra.mean_nll(adapter.graphdef, adapter.base, lora, batch, remat=remat))
+    return loss(adapter.lora)
+
+
+def test_layers_computed_anew_give_the_same_gradient(adapter):
+    with_random_b(adapter)
+    batch = ra.pack([adapter.encode_example("It is dark.", "Sleep."), adapter.encode_example("tree", "Chop it.")], 64)
+    kept, anew = gradient_of(adapter, batch, False), gradient_of(adapter, batch, True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), kept, anew)
+
+
+def test_answer_columns():
+    is_answer = np.zeros((3, 70), bool)
+    is_answer[0, 5:9] = is_answer[1, 20:55] = True
+    columns = ra.answer_columns(is_answer)
+    assert columns.shape == (3, 2 * ra.ANSWER_BUCKET)
+    assert columns[0, :6].tolist() == [5, 6, 7, 8, 0, 0] and columns[1, :36].tolist() == [*range(20, 55), 0]
+    assert not columns[2].any() and ra.answer_columns(is_answer[2:]).shape == (1, ra.ANSWER_BUCKET)
+
+
+def test_the_loss_is_that_of_the_answers_tokens(adapter):
+    """Against all logits of one text."""
+    prompt, response = adapter.encode_example("It is dark. tree", "Chop it now.")
+    total, count = ra.measure_nll(adapter.graphdef, adapter.base, adapter.lora, ra.pack([(prompt, response)], 64))
+    logits = jax.nn.log_softmax(logits_of(adapter, [prompt + response])[0])
+    expected = -sum(logits[len(prompt) - 1 + i, token] for i, token in enumerate(response))
+    assert count == len(response)
+    np.testing.assert_allclose(total, expected, rtol=1e-4)
+
+
+def test_a_fine_tuning_reads_no_more_than_its_budget_and_the_first_pairs_first(adapter, monkeypatch):
+    seen = []
+    encode = adapter.encode_example
+    monkeypatch.setattr(ra, "sft_step", lambda graphdef, loss, base, lora, optimizer, batch, rate, key: (
+        seen.append(batch["tokens"]), (lora, optimizer, jnp.float32(1), True))[1])  # fmt: skip
+    examples = [(f"{i} trees", "Chop.") for i in range(40)]
+    told = []
+    assert adapter.finetune(examples, jax.random.key(0), report=lambda *at: told.append(at))["examples"] == 40
+    adapter.sft_tokens = 2 * 64 * 16  # two epochs of 16 rows of one bucket
+    seen.clear(), told.clear()
+    assert adapter.finetune(examples, jax.random.key(0), report=lambda *at: told.append(at))["examples"] == 16
+    rows = {tuple(row[row > 0]) for batch in seen for row in batch if row.any()}
+    first = {tuple(np.array(sum(encode(*pair), []))) for pair in examples[:16]}
+    assert len(rows) == 14 and rows <= first  # two are held out
+    assert told == [(i, 4) for i in range(1, 5)]
+    adapter.sft_tokens = 1
+    assert adapter.finetune(examples, jax.random.key(0))["examples"] == ra.SFT_ROWS
+
+
+def test_an_adapter_of_a_run_has_a_budget_by_its_size():
+    made = ra.make_adapter(ra.SftArgs(), 1, CRAFTER)
+    size = sum(value.size for value in jax.tree.leaves(made.base))
+    assert made.sft_tokens == int(ra.SFT_COMPUTE / (8 * size)) and 100_000 < made.sft_tokens < 200_000
+    assert ra.make_adapter(ra.SftArgs(sft_max_tokens=77), 1, CRAFTER).sft_tokens == 77

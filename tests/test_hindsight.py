@@ -12,7 +12,7 @@ import rladapter_adapter as ra
 import rladapter_ppo as rl
 from envs.crafter import CRAFTER
 from envs.crafter.vocabulary import FACTS, NUM_BASIC
-from hindsight import HORIZON, Found, look_ahead, next_goals, usual
+from hindsight import HORIZON, Found, look_ahead, usual
 
 GOAL, FACT = CRAFTER.sub_goal_numbers, CRAFTER.fact_numbers
 
@@ -55,13 +55,6 @@ def test_what_is_usual_is_what_situations_with_these_facts_bring():
     np.testing.assert_allclose(usual(facts, returns), 3.0 * facts[:, 2] - facts[:, 4] + 1, atol=0.25)
 
 
-def test_next_goals():
-    when = np.full(NUM_BASIC, HORIZON)
-    assert next_goals(when) == []
-    when[[7, 3, 5]] = [0, 9, 4]
-    assert next_goals(when) == [7, 5]
-
-
 def phase_of(updates=2, steps=HORIZON, envs=3, chosen=((0, 1, 2), (3, 4, 5))):
     """A phase in which nothing happens; of its last rollout there is a step too little to look at."""
     return {
@@ -89,7 +82,7 @@ def test_a_phase_is_seen_as_a_whole_and_what_it_does_not_show_is_left_out():
     add(found, history, np.zeros((6, len(FACTS))))
     assert found.num == 4  # all of the first rollout, and the one whose life ended
     assert found.arrays.returns[:4].tolist() == [0.0, 0.0, 0.0, 2.5]
-    assert [next_goals(when) for when in found.arrays.when[:4]] == [[], [], [GOAL["sleep"]], []]
+    assert [found.worth_saying(i) for i in range(4)] == [[], [], [GOAL["sleep"]], []]
     assert found.arrays.obs[3].tolist() == [6, 7]
 
 
@@ -125,7 +118,8 @@ def test_what_a_sub_goal_takes_is_what_was_always_so_and_is_not_so_anyway():
 
 def test_too_few_times_say_nothing():
     found = Found(CRAFTER, 2)
-    add(found, phase_of(), np.zeros((6, len(FACTS))), counts(["iron in view"], [("iron in view", 90)], times=19))
+    sums = counts(["iron in view"], [("iron in view", 90)], times=hindsight.MIN_TIMES - 1)
+    add(found, phase_of(), np.zeros((6, len(FACTS))), sums)
     assert found.takes(GOAL["mine iron"]) == []
 
 
@@ -149,6 +143,22 @@ def test_examples_are_of_what_paid_and_held_out_situations_are_none_of_them():
     pairs = found.examples("hindsight", 9, lambda obs, facts: f"obs {obs[0]}")
     assert pairs == [(f"obs {i}", "The most urgent sub-goal now is mine iron.") for i in (2, 8)]
     assert found.examples("hindsight", 1, lambda obs, facts: f"obs {obs[0]}") == pairs[:1]
+
+
+def test_what_is_rare_is_worth_saying_and_comes_first():
+    found = Found(CRAFTER, 2)
+    tree, iron, coal = GOAL["chop tree"], GOAL["mine iron"], GOAL["mine coal"]
+    found.arrays.times[[tree, iron, coal]] = 900, 2, 50
+    found.num = 5
+    for i, (tree_at, iron_at, coal_at) in enumerate([(0, 30, 9), (0, 64, 9), (3, 64, 5), (0, 64, 64), (64, 64, 64)]):
+        found.arrays.when[i] = HORIZON
+        found.arrays.when[i, [tree, iron, coal]] = tree_at, iron_at, coal_at
+    found.arrays.returns[:5] = 1, 3, 2, 4, 5
+    assert [found.worth_saying(i) for i in range(5)] == [[coal, iron], [tree, coal], [tree, coal], [tree], []]
+    found.gains = lambda: found.arrays.returns[:5]
+    assert found.most_telling() == [0, 1, 3, 2]  # one of iron, coal, trees; then the second one of coal
+    found.arrays.held[1] = True
+    assert found.most_telling() == [0, 2, 3]
 
 
 def test_experience_says_what_it_takes_in_words_that_are_read_back():

@@ -159,8 +159,9 @@ def test_resume_auto_starts_goes_on_and_starts_again_what_was_killed_early(tmp_p
     shutil.copytree(tmp_path / "run", early)
     shutil.rmtree(early / "checkpoints")
     (early / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)  # killed in its first save
-    (early / "summary.json").unlink()
-    assert train("--resume", "auto", "--run-dir", early) == 0
+    (early / "summary.json").rename(early / "summary.json.tmp")
+    (early / "adapter").mkdir()
+    assert train("--resume", "auto", "--run-dir", early) == 0 and not (early / "summary.json.tmp").exists()
     logs = "metrics.jsonl", "guidance.jsonl"
     assert contents(early, *logs) == contents(tmp_path / "run", *logs)
 
@@ -297,6 +298,44 @@ def test_files_that_may_not_grow_do_not_stop_the_training(tmp_path):
     assert done.returncode == 0 and (tmp_path / "run/summary.json").exists(), done.stderr
     assert "can't log to" in done.stderr and "can't write a checkpoint" in done.stderr
     assert run_folder.read_log(tmp_path / "run", "metrics.jsonl")  # whole lines
+
+
+FULL_DISK = """
+disk=$1; size=$2; shift 2
+mount -t tmpfs -o size=$size tmpfs $disk || exit 99
+"$@"; echo $? >&2
+mount -o remount,size=64m $disk
+"$@"; echo $? >&2
+cp -r $disk/run $disk-kept
+"""
+
+
+@pytest.mark.parametrize("size, flags", [("8k", ()), ("300k", TUNED)])
+def test_a_full_disk_does_not_stop_a_training_nor_block_the_next_one(size, flags, tmp_path):
+    """A small tmpfs, in a mount namespace of its own. It is made larger before the same command is given again."""
+    flags = "--total-timesteps", 800, "--save-every", 1, *flags
+    (tmp_path / "disk").mkdir()
+    command = [sys.executable, ROOT / "rladapter_ppo.py", *TOY, *flags, "--resume", "auto", "--run-dir"]
+    words = ["unshare", "-rm", "sh", "-c", FULL_DISK, "sh", tmp_path / "disk", size, *command, tmp_path / "disk/run"]
+    try:
+        done = subprocess.run([*map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    except FileNotFoundError as error:
+        pytest.skip(f"no disk can be made here: {error}")
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip(f"no disk can be made here: {done.stderr}")
+    said = done.stderr.splitlines()
+    first, again = said[: said.index("0")], said[said.index("0") + 1 :]
+    assert all(line.startswith("warning: ") for line in first) and len(first) == len(set(first)) <= 5
+    assert sum("can't write a checkpoint" in line for line in first) == 1
+    folder = tmp_path / "disk-kept"
+    assert not list(folder.rglob("*.tmp"))
+    if size == "8k":  # too small for a summary, or for one line of a log: trained anew
+        assert again == ["0"] and train(*flags, "--run-dir", tmp_path / "whole") == 0
+        assert_same(folder, tmp_path / "whole", "metrics.jsonl", "guidance.jsonl", "outcomes.jsonl")
+    else:  # large enough for all but a checkpoint and the adapter
+        assert "has made all its steps" in again[0] and again[1:] == ["2"]
+        assert run_folder.read_log(folder, "metrics.jsonl")[-1]["global_step"] == 896
+        assert "can't write" in first[-1] and "adapter" in first[-1] and not any((folder / "adapter").iterdir())
 
 
 def test_tensorboard_gets_every_number_of_every_phase(tmp_path):

@@ -422,5 +422,14 @@ def write_lora(folder: Path, settings: Mapping[str, Any], factors: Mapping[str, 
         "target_modules": [MODULES[target].split(".")[1] for target in targets],
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, str(folder / "adapter_model.safetensors"))
-    (folder / "adapter_config.json").write_text(json.dumps(peft, indent=1) + "\n")
+    paths = [folder / name for name in ("adapter_model.safetensors", "adapter_config.json")]
+    halves = [path.with_name(path.name + ".tmp") for path in paths]
+    try:  # a kill or a full disk leaves what was there before
+        save_file(tensors, str(halves[0]))
+        halves[1].write_text(json.dumps(peft, indent=1) + "\n")
+        for half, path in zip(halves, paths, strict=True):
+            half.replace(path)
+    except Exception:
+        for half in halves:
+            half.unlink(missing_ok=True)
+        raise

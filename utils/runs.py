@@ -372,8 +372,8 @@ class Run:
             return
         try:
             adapter.save(self.folder / "adapter")
-        except OSError as error:
-            print(f"warning: can't write {self.folder / 'adapter'} ({error.strerror})", file=sys.stderr)
+        except Exception as error:  # safetensors has a class of its own for a full disk
+            print(f"warning: can't write {self.folder / 'adapter'} ({first_line(error)})", file=sys.stderr)
 
     def _restore(
         self, env: devices.SharedEnv, runner: Any, situations: Situations, table: Any, adapter: Any, guide: Any

@@ -104,7 +104,7 @@ def read_config(folder: Path, flag: str = "--resume") -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
         config["flags"]["seed"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{flag}: {folder} is no run folder (no readable config.json in it)") from None
     if not has_checkpoint(folder):
         way = "start anew with another --run-dir" if flag == "--resume" else "let it train for some phases more"
@@ -329,19 +329,26 @@ def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
 
 
 class Checkpoints:
-    """Orbax checkpoints of a run: the arrays of a pytree, and a small JSON beside them."""
+    """Orbax checkpoints of a run: the arrays of a pytree, and a small JSON beside them.
+
+    Raises ValueError, one line, for a folder of checkpoints that can't be made or read at all.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         # Of several processes only the first one has checkpoints: it must not wait for the others.
         alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="0")
-        (folder / "checkpoints").mkdir(exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2, create=False, enable_async_checkpointing=False, multiprocessing_options=alone
         )
-        self.manager = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
+        try:
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            with quiet("absl"):
+                self.manager = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
+        except Exception as error:
+            raise ValueError(f"{folder / 'checkpoints'} can't be used ({clean_line(str(error))})") from None
         self.failed = False  # was it said that the newest one could not be written?
-        self.hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
+        say_nothing_of_closed_loops()
 
     def save(
         self, phase: int, arrays: Any, situations: dict[str, np.ndarray], extra: dict[str, Any]
@@ -403,7 +410,8 @@ class Checkpoints:
             if (self.folder / "checkpoints" / str(phase) / "situations").exists():
                 items["situations"] = ocp.args.StandardRestore()
             try:
-                return phase, self.manager.restore(phase, args=ocp.args.Composite(**items))
+                with quiet("absl"):
+                    return phase, self.manager.restore(phase, args=ocp.args.Composite(**items))
             except Exception as error:
                 reason = clean_line(str(error))
                 print(f"warning: checkpoint {phase} of {self.folder} can't be read ({reason})", file=sys.stderr)
@@ -411,12 +419,20 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
-        sys.unraisablehook = self.hook
 
-    def _unraisable(self, what: Any) -> None:
-        """Says nothing of the rest of a save that failed: hundreds of writes find nobody any more to report to."""
+
+def say_nothing_of_closed_loops() -> None:
+    """Keeps the rest of a save or a restore that failed quiet: hundreds of files find nobody any more to report to."""
+    before = sys.unraisablehook
+    if getattr(before, "says_nothing", False):
+        return
+
+    def hook(what: Any) -> None:
         if str(what.exc_value) != "Event loop is closed":
-            self.hook(what)
+            before(what)
+
+    hook.says_nothing = True
+    sys.unraisablehook = hook
 
 
 def read_checkpoint(folder: Path, phase: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
@@ -445,20 +461,22 @@ def quiet(logger: str) -> Iterator[None]:
 
 
 def clean_line(text: str) -> str:
-    return " ".join(text.split())[:200]
+    """Returns a text in one line that is not long, without what would do something in a terminal."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())[:200]
 
 
 def read_log(folder: Path, name: str) -> list[dict[str, Any]]:
     """Returns the whole lines of a log: one may be cut off."""
     records = []
     # At \n alone: splitlines would also split at characters that JSON leaves in strings.
-    for line in (folder / name).read_text().split("\n") if (folder / name).exists() else ():
+    text = (folder / name).read_text(encoding="utf-8", errors="replace") if (folder / name).exists() else ""
+    for line in text.split("\n"):
         try:
             record = json.loads(line)
-            record["phase"]
-        except (ValueError, KeyError, TypeError):
+            if type(record["phase"]) is int:
+                records.append(record)
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        records.append(record)
     return records
 
 

@@ -115,7 +115,9 @@ def load(folder: Path, given: EvalArgs) -> Trained:
     base = runs.args_from_flags(rl.Args, dict(flags))
     odd = sorted(set(flags) - set(runs.flags(base)))  # a flag that is newer than the run has its default
     if odd:
-        raise ValueError(f"runs: {folder} was made by another version of this code (unknown flag: {odd[0]})")
+        name = run_folder.clean_line(odd[0])
+        raise ValueError(f"runs: {folder} was made by another version of this code (unknown flag: {name})")
+    rl.check_args(base)
     # One minibatch, one device: nothing is trained, and any number of games may be played.
     args = dataclasses.replace(
         base, num_envs=given.num_envs, num_minibatches=1, num_devices=1, distributed=False, resume=None,
@@ -134,8 +136,9 @@ def load(folder: Path, given: EvalArgs) -> Trained:
             table.rows.valid[:] = False
         agent, params = rl.make_agent(args, env, table.for_training(), jax.random.key(0))
         params = like(params, saved["runner"]["params"])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"runs: {folder} was made by another version of this code ({error})") from None
+    except Exception as error:  # whatever it lacks
+        why = run_folder.clean_line(str(error))
+        raise ValueError(f"runs: {folder} was made by another version of this code ({why})") from None
     llm = given.llm if given.ask else base.llm
     return Trained(folder, args, agent, params, table, phase, saved, extra["totals"], llm)
 

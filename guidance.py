@@ -377,7 +377,7 @@ class HostTable:
         return vars(self.rows) | {"asked": self.asked} | self.found.state(), rest
 
     def load_state(self, arrays: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
-        """Takes what `state` gave."""
+        """Takes what `state` gave. Raises an error of any kind for what it can't have given."""
         arrays = {name: np.array(value) for name, value in arrays.items()}
         self.found.load_state(arrays, rest.get("found", 0))
         arrays.setdefault("truth", arrays["situation"])  # older runs kept only rules that held where asked
@@ -385,3 +385,10 @@ class HostTable:
         self.stated, self.holding = rest.get("rules", (0, 0))
         self.rows = SimpleNamespace(**arrays)
         self.analyses = [Analysis(**analysis) for analysis in rest["analyses"]]
+        numbers = [self.num_asked, self.stated, self.holding]
+        for analysis in self.analyses:
+            if not (isinstance(analysis.prompt, str) and isinstance(analysis.text, str)):
+                raise TypeError("an analysis is no text")
+            numbers += [number for goal, row, advice_id in analysis.advice for number in (goal, row, advice_id)]
+        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+            raise TypeError("a number of the table is none")

@@ -594,10 +594,12 @@ class ReplayGuide(Guide):
             # Not splitlines, which also splits at the line ends that JSON allows within a string.
             for line in (folder / "guidance.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n"):
                 record = json.loads(line)
-                text, error = record["reply"], record["error"]
-                reply = Reply(text, error, cached=not error, skipped=record.get("skipped", False))
+                text, error, skipped = record["reply"], record["error"], record.get("skipped", False)
+                if not (isinstance(text, str) and isinstance(error, str) and isinstance(skipped, bool)):
+                    raise TypeError
+                reply = Reply(text, error, cached=not error, skipped=skipped)
                 self.records.append((json.dumps(record["messages"]), reply))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass  # a kill may have cut the last line off
         if not self.records:
             raise ValueError(f"--llm-replay: {folder} has no readable guidance.jsonl")

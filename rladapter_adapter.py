@@ -753,6 +753,8 @@ def load_adapter(
         ends = [end for end in (tokenizer.eos_token_id, *ends) if end is not None]
         if not ends:
             raise ValueError("neither its config nor its tokenizer names an end token")
+        if not all(type(end) is int and 0 <= end < config.vocab_size for end in ends):
+            raise ValueError(f"its end tokens are {hf_folder.brief(ends)}, which are none of its {config.vocab_size}")
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model {config.vocab_size}")
         hf_folder.Chat(tokenizer, system)  # fails here, where the folder is named, if the template does

@@ -19,6 +19,7 @@ if QUICK not in given and importlib.metadata.version("jaxlib").startswith("0.10.
     os.environ["XLA_FLAGS"] = f"{given} {QUICK}"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), "rladapter-tests-jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(tempfile.gettempdir(), "rladapter-tests-hypothesis")
 os.environ.pop("OPENAI_API_KEY", None)
 
 import jax  # noqa: E402

@@ -453,6 +453,23 @@ def test_shards_are_read_from_the_folder_alone(folder, tmp_path, name):
             ra.load_adapter(path)
 
 
+@pytest.mark.parametrize(
+    "file, names, elsewhere",
+    [("config.json", "configuration_files", "../config.1.0.json"),
+     ("tokenizer_config.json", "fast_tokenizer_files", "../tokenizer.1.0.json")],
+)  # fmt: skip
+def test_other_files_are_read_from_the_folder_alone(folder, tmp_path, file, names, elsewhere):
+    """transformers follows these, out of the folder too."""
+    path = damaged(folder, tmp_path)
+    shutil.copy(path / file.replace("_config", ""), tmp_path / Path(elsewhere).name)
+    settings = json.loads((path / file).read_text())
+    (path / file).write_text(json.dumps(settings | {names: [elsewhere]}))
+    with pytest.raises(ValueError, match=f"{file} must name files of its own folder"):
+        ra.load_adapter(path)
+    (path / file).write_text(json.dumps(settings | {names: [file.replace("_config", "")]}))
+    ra.load_adapter(path)
+
+
 def test_a_config_never_brings_code_along(folder, tmp_path, monkeypatch):
     """transformers asks at the terminal, for 15 seconds, whether to run it."""
     path = damaged(folder, tmp_path)

@@ -21,6 +21,8 @@ import rladapter_adapter
 import rladapter_ppo as rl
 from utils import compilation, devices, run_folder, runs
 
+TUNED = "--adapter", str(ROOT / "assets/adapter-tiny"), "--sft-every", 1, "--sft-data", "all"
+
 
 @pytest.fixture(autouse=True)
 def small_cache(tmp_path, monkeypatch):
@@ -98,11 +100,51 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_never_been_killed(tmp_path, k
             process.kill()
             process.wait()
     subprocess.run([*command, str(tmp_path / "run")], capture_output=True)
-    logs = "metrics.jsonl", "guidance.jsonl", "outcomes.jsonl"
-    assert contents(tmp_path / "run", *logs) == contents(tmp_path / "whole", *logs)
-    (_, whole, _), (_, killed, _) = (run_folder.read_checkpoint(tmp_path / name) for name in ("whole", "run"))
-    assert jax.tree.all(jax.tree.map(np.array_equal, whole, killed))
-    results = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "run")]
+    assert_same(tmp_path / "run", tmp_path / "whole", "metrics.jsonl", "guidance.jsonl", "outcomes.jsonl")
+
+
+# Its first two words say when it kills itself: so many seconds into a step of fine-tuning, the first one is number 1.
+KILLED_IN_FINE_TUNING = """
+import itertools, os, signal, sys, threading
+import rladapter_adapter, rladapter_ppo
+number, seconds, *words = sys.argv[1:]
+real, count = rladapter_adapter.sft_step, itertools.count(1)
+def step(*args):
+    if next(count) == int(number):
+        threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return real(*args)
+rladapter_adapter.sft_step = step
+sys.exit(rladapter_ppo.cli(words))
+"""
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_while_the_adapter_is_tuned_it_ends_as_if_it_had_never_been_killed(tmp_path, kills):
+    """Real processes again. A step of fine-tuning takes some 20 ms, one has two to four: what was tuned is lost."""
+    steps = 400 * kills
+    flags = [*TOY, *TUNED, "--total-timesteps", steps, "--save-every", 1, "--resume", "auto", "--run-dir"]
+    assert train(*flags[len(TOY) : -3], "--run-dir", tmp_path / "whole", steps=steps) == 0
+    moments = np.random.default_rng(0)
+    for _ in range(kills):
+        words = moments.integers(1, 6), moments.uniform(0, 0.05), *flags, tmp_path / "run"
+        command = [sys.executable, "-c", KILLED_IN_FINE_TUNING, *map(str, words)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    assert train(*flags[len(TOY) :], tmp_path / "run", steps=steps) == 0
+    logs = "metrics.jsonl", "guidance.jsonl", "outcomes.jsonl", "examples.jsonl"
+    assert_same(tmp_path / "run", tmp_path / "whole", *logs)
+    tuned = [m for m in run_folder.read_log(tmp_path / "run", "metrics.jsonl") if m["adapter/examples"]]
+    assert len(tuned) > kills and any(m["adapter/nll_after"] < m["adapter/nll_before"] for m in tuned)
+    weights = [(tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert weights[0] == weights[1]
+
+
+def assert_same(run, whole, *logs):
+    """Two runs logged the same but for times, and ended with the same parameters and the same evaluation."""
+    assert contents(run, *logs) == contents(whole, *logs)
+    expected, found = (run_folder.read_checkpoint(folder)[1] for folder in (whole, run))
+    assert jax.tree.all(jax.tree.map(np.array_equal, expected, found))
+    results = [json.loads((folder / "summary.json").read_text()) for folder in (whole, run)]
     assert results[0]["episodic_return"] == results[1]["episodic_return"]
 
 
@@ -117,8 +159,9 @@ def test_resume_auto_starts_goes_on_and_starts_again_what_was_killed_early(tmp_p
     shutil.copytree(tmp_path / "run", early)
     shutil.rmtree(early / "checkpoints")
     (early / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)  # killed in its first save
-    (early / "summary.json").unlink()
-    assert train("--resume", "auto", "--run-dir", early) == 0
+    (early / "summary.json").rename(early / "summary.json.tmp")
+    (early / "adapter").mkdir()
+    assert train("--resume", "auto", "--run-dir", early) == 0 and not (early / "summary.json.tmp").exists()
     logs = "metrics.jsonl", "guidance.jsonl"
     assert contents(early, *logs) == contents(tmp_path / "run", *logs)
 
@@ -257,6 +300,44 @@ def test_files_that_may_not_grow_do_not_stop_the_training(tmp_path):
     assert run_folder.read_log(tmp_path / "run", "metrics.jsonl")  # whole lines
 
 
+FULL_DISK = """
+disk=$1; size=$2; shift 2
+mount -t tmpfs -o size=$size tmpfs $disk || exit 99
+"$@"; echo $? >&2
+mount -o remount,size=64m $disk
+"$@"; echo $? >&2
+cp -r $disk/run $disk-kept
+"""
+
+
+@pytest.mark.parametrize("size, flags", [("8k", ()), ("300k", TUNED)])
+def test_a_full_disk_does_not_stop_a_training_nor_block_the_next_one(size, flags, tmp_path):
+    """A small tmpfs, in a mount namespace of its own. It is made larger before the same command is given again."""
+    flags = "--total-timesteps", 800, "--save-every", 1, *flags
+    (tmp_path / "disk").mkdir()
+    command = [sys.executable, ROOT / "rladapter_ppo.py", *TOY, *flags, "--resume", "auto", "--run-dir"]
+    words = ["unshare", "-rm", "sh", "-c", FULL_DISK, "sh", tmp_path / "disk", size, *command, tmp_path / "disk/run"]
+    try:
+        done = subprocess.run([*map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    except FileNotFoundError as error:
+        pytest.skip(f"no disk can be made here: {error}")
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip(f"no disk can be made here: {done.stderr}")
+    said = done.stderr.splitlines()
+    first, again = said[: said.index("0")], said[said.index("0") + 1 :]
+    assert all(line.startswith("warning: ") for line in first) and len(first) == len(set(first)) <= 5
+    assert sum("can't write a checkpoint" in line for line in first) == 1
+    folder = tmp_path / "disk-kept"
+    assert not list(folder.rglob("*.tmp"))
+    if size == "8k":  # too small for a summary, or for one line of a log: trained anew
+        assert again == ["0"] and train(*flags, "--run-dir", tmp_path / "whole") == 0
+        assert_same(folder, tmp_path / "whole", "metrics.jsonl", "guidance.jsonl", "outcomes.jsonl")
+    else:  # large enough for all but a checkpoint and the adapter
+        assert "has made all its steps" in again[0] and again[1:] == ["2"]
+        assert run_folder.read_log(folder, "metrics.jsonl")[-1]["global_step"] == 896
+        assert "can't write" in first[-1] and "adapter" in first[-1] and not any((folder / "adapter").iterdir())
+
+
 def test_tensorboard_gets_every_number_of_every_phase(tmp_path):
     assert train("--run-dir", tmp_path / "run") == 0
     library = run_folder._import_tensorboard()  # without torch
@@ -348,9 +429,6 @@ def test_a_minibatch_without_numbers_is_left_out(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("gradients were NaN") == 1
     saved = run_folder.read_checkpoint(tmp_path / "run")[1]["runner"]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(saved))
-
-
-TUNED = "--adapter", str(ROOT / "assets/adapter-tiny"), "--sft-every", 1, "--sft-data", "all"
 
 
 def without_adapter(folder):

@@ -71,15 +71,14 @@ class BertEmbedding(Embedding):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        transformers = hf_folder.import_transformers()
-        self.config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        self.config = hf_folder.from_folder("AutoConfig", folder)
         if self.config.model_type != "bert" or self.config.hidden_act != "gelu":
             raise ValueError(
                 f"only BERT with gelu is supported, not {self.config.model_type}, {self.config.hidden_act}"
             )
         if getattr(self.config, "position_embedding_type", None) not in (None, "absolute"):
             raise ValueError("only absolute positions are supported")
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        self.tokenizer = hf_folder.read_tokenizer(folder)
         self.params = read_bert(folder, self.config.num_hidden_layers)
         self.dim = self.config.hidden_size
         self._forward = jax.jit(functools.partial(bert, self.config.num_attention_heads, self.config.layer_norm_eps))

@@ -145,14 +145,31 @@ def brief(value: Any) -> str:
 # ----------------------------------------------------------------------------------------------------- a model folder
 
 
+def is_plain(name: Any) -> bool:
+    """Is this the name of a file, and no path to another folder?"""
+    return isinstance(name, str) and name == Path(name).name and name not in ("", "..")
+
+
+def from_folder(kind: str, folder: Path) -> Any:
+    """Returns what one of transformers' Auto classes makes of a folder's files, and of no others.
+
+    Raises ValueError for files that name others elsewhere; transformers would read them.
+    """
+    for file, names in (("config.json", "configuration_files"), ("tokenizer_config.json", "fast_tokenizer_files")):
+        others = read_json(folder / file).get(names) if (folder / file).is_file() else None
+        if others and not (isinstance(others, list) and all(map(is_plain, others))):
+            raise ValueError(f"{file} must name files of its own folder (in {names})")
+    # Without the last flag transformers asks at the terminal whether to run code from the folder.
+    settings = {"local_files_only": True, "trust_remote_code": False}
+    return getattr(import_transformers(), kind).from_pretrained(str(folder), **settings)
+
+
 def read_config(folder: Path) -> tuple[dict[str, Any], list[int]]:
     """Returns the model's shape, as `rladapter_adapter.LmConfig(**shape)` takes it, and the model's end tokens.
 
     Raises ValueError for architectures that `rladapter_adapter.Decoder` is not.
     """
-    # Without the last flag transformers asks at the terminal whether to run code from the folder.
-    settings = {"local_files_only": True, "trust_remote_code": False}
-    hf = import_transformers().AutoConfig.from_pretrained(str(folder), **settings)
+    hf = from_folder("AutoConfig", folder)
     if hf.model_type not in MODEL_TYPES:
         raise ValueError(f"its model_type is {hf.model_type!r}, and only {', '.join(MODEL_TYPES)} are supported")
     if hf.hidden_act != "silu" or getattr(hf, "attention_bias", False) or getattr(hf, "mlp_bias", False):
@@ -179,8 +196,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], list[int]]:
 
 def read_tokenizer(folder: Path) -> Any:
     """Returns the tokenizer of transformers."""
-    settings = {"local_files_only": True, "trust_remote_code": False}
-    return import_transformers().AutoTokenizer.from_pretrained(str(folder), **settings)
+    return from_folder("AutoTokenizer", folder)
 
 
 class Chat:
@@ -260,8 +276,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if index.is_file():
         places = read_json(index).get("weight_map")
         names = list(places.values()) if isinstance(places, dict) else []
-        plain = (isinstance(name, str) and name == Path(name).name and name not in ("", "..") for name in names)
-        if not names or not all(plain):
+        if not names or not all(map(is_plain, names)):
             raise ValueError(f"{index.name} must name files of its own folder (in weight_map)")
         names = sorted(set(names))
     for name in names:
@@ -422,5 +437,14 @@ def write_lora(folder: Path, settings: Mapping[str, Any], factors: Mapping[str, 
         "target_modules": [MODULES[target].split(".")[1] for target in targets],
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, str(folder / "adapter_model.safetensors"))
-    (folder / "adapter_config.json").write_text(json.dumps(peft, indent=1) + "\n")
+    paths = [folder / name for name in ("adapter_model.safetensors", "adapter_config.json")]
+    halves = [path.with_name(path.name + ".tmp") for path in paths]
+    try:  # a kill or a full disk leaves what was there before
+        save_file(tensors, str(halves[0]))
+        halves[1].write_text(json.dumps(peft, indent=1) + "\n")
+        for half, path in zip(halves, paths, strict=True):
+            half.replace(path)
+    except Exception:
+        for half in halves:
+            half.unlink(missing_ok=True)
+        raise

@@ -52,7 +52,7 @@ class Cache:
         for (text,) in self._run("SELECT text FROM replies WHERE key = ?", (key,)):
             try:
                 text = json.loads(text)
-            except ValueError:
+            except (ValueError, TypeError, RecursionError):  # another program wrote it
                 return None
             return text if isinstance(text, str) and self._usable(text) else None
         return None

@@ -336,7 +336,9 @@ def described(error: BaseException) -> str:
     cause = f" ({error.__cause__})" if error.__cause__ is not None and str(error.__cause__) else ""
     body = getattr(error, "body", None)
     quoted = body is None or (isinstance(body, dict) and isinstance(body.get("message"), str))
-    return f"{type(error).__name__}: {error}{cause}" + ("" if quoted else f" - {error.response.text}")
+    status = str(getattr(error, "status_code", ""))
+    code = "" if status in str(error) else f"Error code: {status} - "  # older versions of the SDK leave it out
+    return f"{type(error).__name__}: {code}{error}{cause}" + ("" if quoted else f" - {error.response.text}")
 
 
 def is_this_machine(host: str) -> bool:

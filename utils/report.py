@@ -120,7 +120,7 @@ def read_file(folder: Path, file: str, missing: dict[str, str]) -> Any:
         return kind()
     try:
         content = read_log(folder, file) if kind is list else json.loads((folder / file).read_text())
-    except (OSError, ValueError):  # a UnicodeDecodeError is one
+    except (OSError, ValueError, RecursionError):  # a UnicodeDecodeError is a ValueError
         content = None
     if not isinstance(content, kind):
         missing[file] = "can't be read"

@@ -41,7 +41,8 @@ def default_folder(env_id: str, exp_name: str, seed: int) -> Path:
 def check_free(folder: Path) -> None:
     """Raises ValueError if the folder holds anything already, or can't be one."""
     try:
-        taken = folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()))
+        nothing = LOCK, "config.json.tmp"  # a process that was killed before it began leaves no more
+        taken = folder.exists() and (not folder.is_dir() or any(path.name not in nothing for path in folder.iterdir()))
     except OSError as error:
         raise ValueError(
             f"--run-dir, --exp-name: {str(folder)[:80]}... can't be a folder ({error.strerror}); choose another name"
@@ -103,7 +104,7 @@ def read_config(folder: Path, flag: str = "--resume") -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
         config["flags"]["seed"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{flag}: {folder} is no run folder (no readable config.json in it)") from None
     if not has_checkpoint(folder):
         way = "start anew with another --run-dir" if flag == "--resume" else "let it train for some phases more"
@@ -117,13 +118,20 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Takes away what a run left that was stopped before its first checkpoint, so that it can begin anew there."""
+    """Takes away what a run left that was stopped before its first checkpoint, so that it can begin anew there.
+
+    Raises ValueError for one that was not stopped: its checkpoints may be lost, or there was no space for any.
+    """
     if not (folder / "config.json").exists():
         return
+    if (folder / "summary.json").exists():
+        way = "look at its summary.json, and give another --run-dir"
+        raise ValueError(f"--resume: {folder} has made all its steps and has no checkpoint to go on from; {way}")
     with lock(folder):  # it may not have been stopped at all
-        for name in ("checkpoints", "wandb"):
+        for name in ("checkpoints", "wandb", "adapter"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for path in (*(folder / name for name in (*LOGS, "config.json")), *folder.glob("events.out.*")):
+        files = (folder / name for name in (*LOGS, "config.json"))
+        for path in (*files, *folder.glob("events.out.*"), *folder.glob("*.tmp")):
             path.unlink(missing_ok=True)
 
 
@@ -155,10 +163,18 @@ def git_commit() -> str | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes via a temporary file, so that a kill leaves the old content or the new one, never half of it."""
+    write_whole(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes via a temporary file: a kill or a full disk leaves the old content or the new one, never half of it."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def finite(value: Any) -> Any:
@@ -313,22 +329,34 @@ def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
 
 
 class Checkpoints:
-    """Orbax checkpoints of a run: the arrays of a pytree, and a small JSON beside them."""
+    """Orbax checkpoints of a run: the arrays of a pytree, and a small JSON beside them.
+
+    Raises ValueError, one line, for a folder of checkpoints that can't be made or read at all.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         # Of several processes only the first one has checkpoints: it must not wait for the others.
         alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="0")
-        (folder / "checkpoints").mkdir(exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2, create=False, enable_async_checkpointing=False, multiprocessing_options=alone
         )
-        self.manager = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
+        try:
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            with quiet("absl"):
+                self.manager = ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
+        except Exception as error:
+            raise ValueError(f"{folder / 'checkpoints'} can't be used ({clean_line(str(error))})") from None
+        self.failed = False  # was it said that the newest one could not be written?
+        say_nothing_of_closed_loops()
 
     def save(
         self, phase: int, arrays: Any, situations: dict[str, np.ndarray], extra: dict[str, Any]
     ) -> bool:
-        """Returns True if it was written. A failure is reported and training goes on, the older checkpoint in place."""
+        """Returns True if it was written. Where not, training goes on, the older checkpoint in place.
+
+        That is reported once, until one can be written again. What was written of it is taken away: space may be short.
+        """
         try:
             items = {"arrays": ocp.args.StandardSave(arrays), "extra": ocp.args.JsonSave(extra)}
             if all(map(len, situations.values())):  # Orbax takes no empty arrays
@@ -336,11 +364,15 @@ class Checkpoints:
             with quiet("absl"):  # Orbax would log a stack trace of its own for what is reported below
                 self.manager.save(phase, args=ocp.args.Composite(**items), force=True)
                 self.manager.wait_until_finished()
-            return True
+            self.failed = False
         except Exception as error:
-            reason = clean_line(str(error))
-            print(f"warning: can't write a checkpoint to {self.folder} ({reason}); training goes on", file=sys.stderr)
-            return False
+            for half in (self.folder / "checkpoints").glob(f"{phase}.*"):
+                shutil.rmtree(half, ignore_errors=True)
+            if not self.failed:
+                reason = f"can't write a checkpoint to {self.folder} ({clean_line(str(error))})"
+                print(f"warning: {reason}; training goes on", file=sys.stderr)
+            self.failed = True
+        return not self.failed
 
     def restore(self, arrays: Any, situations: dict[str, np.ndarray]) -> tuple[int, Any, Any, dict[str, Any]]:
         """Reads the newest readable checkpoint. Raises ValueError if none is.
@@ -378,7 +410,8 @@ class Checkpoints:
             if (self.folder / "checkpoints" / str(phase) / "situations").exists():
                 items["situations"] = ocp.args.StandardRestore()
             try:
-                return phase, self.manager.restore(phase, args=ocp.args.Composite(**items))
+                with quiet("absl"):
+                    return phase, self.manager.restore(phase, args=ocp.args.Composite(**items))
             except Exception as error:
                 reason = clean_line(str(error))
                 print(f"warning: checkpoint {phase} of {self.folder} can't be read ({reason})", file=sys.stderr)
@@ -386,6 +419,20 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
+
+
+def say_nothing_of_closed_loops() -> None:
+    """Keeps the rest of a save or a restore that failed quiet: hundreds of files find nobody any more to report to."""
+    before = sys.unraisablehook
+    if getattr(before, "says_nothing", False):
+        return
+
+    def hook(what: Any) -> None:
+        if str(what.exc_value) != "Event loop is closed":
+            before(what)
+
+    hook.says_nothing = True
+    sys.unraisablehook = hook
 
 
 def read_checkpoint(folder: Path, phase: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:
@@ -414,20 +461,22 @@ def quiet(logger: str) -> Iterator[None]:
 
 
 def clean_line(text: str) -> str:
-    return " ".join(text.split())[:200]
+    """Returns a text in one line that is not long, without what would do something in a terminal."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())[:200]
 
 
 def read_log(folder: Path, name: str) -> list[dict[str, Any]]:
     """Returns the whole lines of a log: one may be cut off."""
     records = []
     # At \n alone: splitlines would also split at characters that JSON leaves in strings.
-    for line in (folder / name).read_text().split("\n") if (folder / name).exists() else ():
+    text = (folder / name).read_text(encoding="utf-8", errors="replace") if (folder / name).exists() else ""
+    for line in text.split("\n"):
         try:
             record = json.loads(line)
-            record["phase"]
-        except (ValueError, KeyError, TypeError):
+            if type(record["phase"]) is int:
+                records.append(record)
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        records.append(record)
     return records
 
 
@@ -438,9 +487,7 @@ def cut_logs(folder: Path, phase: int) -> None:
         if not path.exists():
             continue
         kept = [json.dumps(record) + "\n" for record in read_log(folder, name) if record["phase"] < phase]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        write_whole(path, "".join(kept))
 
 
 def to_numpy(tree: Any) -> Any:

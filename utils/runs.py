@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import time
+import types
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from utils import devices, run_folder
 from utils.cli import EXIT_BAD_INPUT, first_line
 from utils.compilation import CompileClock, use_compilation_cache
-from utils.run_folder import Checkpoints, Log, NoLog, to_numpy
+from utils.run_folder import Checkpoints, Log, NoLog, clean_line, to_numpy
 
 EXIT_STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal, as shells have it
 AUTO = Path("auto")  # --resume auto
@@ -119,15 +120,27 @@ def flags(args: Any) -> dict[str, Any]:
 
 
 def args_from_flags(args_type: type, values: dict[str, Any]) -> Any:
-    """Makes args of `flags`; takes the flags that it uses out of values."""
+    """Makes args of `flags`; takes the flags that it uses out of values. Raises ValueError for one of another type."""
     made = {}
     for name, kind in typing.get_type_hints(args_type).items():
         if dataclasses.is_dataclass(kind):
             made[name] = args_from_flags(kind, values)
         elif name in values:
             value = values.pop(name)
+            if not may_be(kind, value):
+                raise ValueError(f"config.json: {name} can't be {clean_line(json.dumps(value))}")
             made[name] = Path(value) if value is not None and Path in typing.get_args(kind) else value
     return args_type(**made)
+
+
+def may_be(kind: Any, value: Any) -> bool:
+    """Says whether a value of a config.json is of the type of a flag."""
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(may_be(one, value) for one in typing.get_args(kind))
+    like = {float: (int, float), Path: (str,)}.get(kind, (kind,))
+    return type(value) in like
 
 
 def at_home(args: Any) -> Any:
@@ -163,7 +176,8 @@ def resumed_args(args_type: type, args: Any, argv: list[str]) -> Any:
     odd = sorted(set(saved) ^ set(flags(args_type())))
     if odd:
         raise ValueError(
-            f"--resume: {folder} was made by another version of this script (flags that differ: {', '.join(odd)})"
+            f"--resume: {folder} was made by another version of this script (flags that differ: "
+            f"{clean_line(', '.join(odd))})"
         )
     base = args_from_flags(args_type, dict(saved))
     given = at_home(tyro.cli(args_type, args=argv, default=base))
@@ -373,8 +387,8 @@ class Run:
             return
         try:
             adapter.save(self.folder / "adapter")
-        except OSError as error:
-            print(f"warning: can't write {self.folder / 'adapter'} ({error.strerror})", file=sys.stderr)
+        except Exception as error:  # safetensors has a class of its own for a full disk
+            print(f"warning: can't write {self.folder / 'adapter'} ({first_line(error)})", file=sys.stderr)
 
     def _restore(
         self, env: devices.SharedEnv, runner: Any, situations: Situations, table: Any, adapter: Any, guide: Any
@@ -384,16 +398,20 @@ class Run:
         phase, extra = 0, {}
         if self.leads:
             phase, saved, situations, extra = self.checkpoints.restore(saved, situations)
-            table.load_state(saved["table"], extra["table"])
+            try:
+                table.load_state(saved["table"], extra["table"])
+                check_totals(extra["totals"])
+            except Exception as error:  # whatever is wrong with it
+                why = f"{type(error).__name__}: {clean_line(str(error))}"
+                raise ValueError(f"--resume: checkpoint {phase} of {self.folder} can't be used ({why})") from None
         phase, extra = devices.json_from_leader((phase, extra))
         runner = devices.put_like(devices.from_leader(saved["runner"]), runner)
         adapter.load_state(saved["adapter"])
-        self.totals = {name: np.array(v) if isinstance(v, list) else v for name, v in extra["totals"].items()}
+        self.totals |= {name: np.array(v) if isinstance(v, list) else v for name, v in extra["totals"].items()}
         self.phase = phase + 1
         if self.args.llm.llm == "http":  # the phases after it are trained anew, but their calls were made and paid for
             lost = [line for line in run_folder.read_log(self.folder, "guidance.jsonl") if line["phase"] >= self.phase]
-            for name in ("calls", "cost", "prompt_tokens", "completion_tokens"):
-                self.add(**{f"llm_{name}": sum(line[name] for line in lost)})
+            self.add(**spent(lost))
         guide.resume(self.totals["llm_questions"], self.totals["llm_calls"], self.totals["llm_cost"])
         if self.leads:
             run_folder.cut_logs(self.folder, self.phase)
@@ -484,6 +502,25 @@ def saved_arrays(env: devices.SharedEnv, runner: Any, table: Any, adapter: Any) 
     """Returns the arrays of a checkpoint, and the rest of the table. All processes must call it."""
     arrays, rest = table.state()
     return {"runner": env.to_host(runner), "table": arrays, "adapter": to_numpy(adapter.state())}, rest
+
+
+def spent(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Returns what questions in a guidance.jsonl took, under the names of a run's totals."""
+    names = ("calls", "cost", "prompt_tokens", "completion_tokens")
+    return {f"llm_{name}": sum(line[name] for line in lines if is_number(line.get(name))) for name in names}
+
+
+def check_totals(saved: dict[str, Any]) -> None:
+    """Raises ValueError, or KeyError, for totals of a checkpoint that are no numbers."""
+    for name, value in saved.items():
+        none = value is None and name == "score_all_episodes"
+        if not (none or all(map(is_number, value if isinstance(value, list) else [value]))):
+            raise ValueError(f"{name} is no number")
+    saved["global_step"]
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e15
 
 
 def _plain(value: Any) -> Any:

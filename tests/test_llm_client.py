@@ -926,9 +926,9 @@ def test_unusable_base_url(url: str):
 def test_make_guide(tmp_path):
     common = {"llm_base_url": "http://127.0.0.1:1/v1", "llm_cache": tmp_path / "llm.sqlite"}
     for llm, model, name in (("rules", "", "rules"), ("random", "", "random"), ("http", "tiny", "http:tiny")):
-        made = make_guide(LlmArgs(llm, model, **common), CRAFTER, seed=1)
+        made = make_guide(LlmArgs(llm, llm_model=model, **common), CRAFTER, seed=1)
         assert made.name == name and made.game is CRAFTER
         made.close()
     for llm, model, flag in (("gpt", "", "--llm "), ("http", "", "--llm-model"), ("replay", "", "--llm-replay")):
         with pytest.raises(ValueError, match=flag):
-            make_guide(LlmArgs(llm, model, **common), CRAFTER, seed=1)
+            make_guide(LlmArgs(llm, llm_model=model, **common), CRAFTER, seed=1)

@@ -474,17 +474,24 @@ def batches(packed: Tree, size: int, order: np.ndarray) -> list[dict[str, np.nda
     return parts
 
 
-def response_nll(
+def answer_nll(
     graphdef: Any, base: Tree, lora: Tree, batch: Tree, key: Any = None, remat: bool = True
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the sum of -log p over the tokens of responses (nats), and how many these are."""
+) -> jax.Array:  # fmt: skip
+    """Returns -log p of the tokens at `answers` (nats): (B, M)."""
     model, answers = nnx.merge(graphdef, lora, base), batch["answers"]
     inputs = (batch[name][:, :-1] for name in ("tokens", "starts", "shared"))
     hidden, _ = model(*inputs, key=key, remat=remat)
     before = jnp.take_along_axis(hidden, jnp.maximum(answers - 1, 0)[..., None], 1)  # (B, M, D)
     targets = jnp.take_along_axis(batch["tokens"], answers, 1)
-    nll = optax.softmax_cross_entropy_with_integer_labels(model.logits(before), targets)  # (B, M)
-    return jnp.sum(nll * (answers > 0)), jnp.sum(answers > 0, dtype=jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(model.logits(before), targets)
+
+
+def response_nll(
+    graphdef: Any, base: Tree, lora: Tree, batch: Tree, key: Any = None, remat: bool = True
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the sum of -log p over the tokens of responses (nats), and how many these are."""
+    nll, counted = answer_nll(graphdef, base, lora, batch, key, remat), batch["answers"] > 0
+    return jnp.sum(nll * counted), jnp.sum(counted, dtype=jnp.float32)
 
 
 def mean_nll(graphdef: Any, base: Tree, lora: Tree, batch: Tree, key: Any = None, remat: bool = True) -> jax.Array:

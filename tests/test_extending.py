@@ -163,8 +163,8 @@ def test_preference_loss_prefers(fork, tmp_path, monkeypatch):
     texts = [adapter.encode_example(*pair) for pair in pairs]
     prompt, preferred, rejected = texts[0]
     rows = module.pack([*texts, (prompt, preferred), (prompt, rejected)], module.row_length(texts))
-    nll, weights = jax.jit(module.token_nll, static_argnums=0)(adapter.graphdef, adapter.base, adapter.lora, rows)
-    difference, _, alone, other = (nll * weights).sum(-1).tolist()
+    nll = jax.jit(module.answer_nll, static_argnums=0)(adapter.graphdef, adapter.base, adapter.lora, rows)
+    difference, _, alone, other = (nll * rows["weights"]).sum(-1).tolist()
     assert difference == pytest.approx(alone - other, abs=1e-3)  # the two texts of a row do not see each other
 
     batch, lora, optimizer, losses = module.batches(rows, 8, np.arange(2))[0], adapter.lora, adapter.optimizer, []

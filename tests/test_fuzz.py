@@ -490,6 +490,14 @@ def test_end_tokens_that_no_model_has(end, folder):
             rladapter_adapter.load_adapter(folder / "tiny")
 
 
+@pytest.mark.parametrize("layers", [2**31, 10**30, 0, -1, float("nan")])
+def test_layers_that_no_machine_has_room_for(layers, folder):
+    config = json.loads((TINY / "config.json").read_text()) | {"model_type": "qwen3", "num_hidden_layers": layers}
+    with replaced(folder / "tiny/config.json", as_json(config)):
+        with pytest.raises(ValueError, match="num_hidden_layers"):
+            rladapter_adapter.load_adapter(folder / "tiny")
+
+
 def test_logs_keep_what_is_a_record_of_a_phase(tmp_path):
     others = b'{"phase": "0"}', b'{"phase": null}', b"\xff", b"[" * 100_000
     lines = b'{"phase": 0}', *others, b'{"phase": 1, "calls": "x"}'

@@ -255,7 +255,8 @@ def read_cache(folder, data):
 
 def read_table(folder, data):
     """What a checkpoint's JSON says of the guidance table: taken as it is or not at all."""
-    table = HostTable(TableArgs(), devices.SharedEnv(make_env("Toy-v0", 1)))
+    env = devices.SharedEnv(make_env("Toy-v0", 1))
+    table = HostTable(TableArgs(), env)
     arrays, _ = table.state()
     with watched(folder):
         try:
@@ -263,7 +264,7 @@ def read_table(folder, data):
         except Exception:  # those who read checkpoints make one line of any
             return
         table.store(llm_client.RulesGuide(GAME).ask(questions()).wait())
-        json.dumps([table.metrics(), table.examples("all"), table.examples("best"), table.state()[1]])
+        json.dumps([table.metrics(), table.examples(env, "all"), table.examples(env, "best"), table.state()[1]])
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ import pytest  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
+import rladapter_adapter  # noqa: E402
 import rladapter_ppo  # noqa: E402
 
 
@@ -50,7 +51,7 @@ class OneProgram:
     argument, so runs that differ in their folder alone would compile it anew."""
 
     UNREAD = (
-        "exp_name seed track run_dir resume save_every eval_episodes num_devices distributed dry_run env_id sft llm"
+        "exp_name seed track run_dir resume save_every eval_episodes num_devices distributed dry_run env_id llm"
     ).split()
     UNREAD_OF_TABLE = "queries_per_phase trials comprehension embed".split()
 
@@ -61,8 +62,9 @@ class OneProgram:
         unread = dict.fromkeys(self.UNREAD)
         if not args.anneal_lr and not args.lr_warmup:  # then the rate is the same whatever the number of updates
             unread["total_timesteps"] = 1
+        sft = rladapter_adapter.SftArgs(adapter="any" if args.learns else "none", sft_every=1)  # all that is read of it
         table = dataclasses.replace(args.table, **dict.fromkeys(self.UNREAD_OF_TABLE))
-        return self.program(dataclasses.replace(args, table=table, **unread), *rest)
+        return self.program(dataclasses.replace(args, table=table, sft=sft, **unread), *rest)
 
     def __getattr__(self, name):
         return getattr(self.program, name)

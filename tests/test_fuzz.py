@@ -255,7 +255,8 @@ def read_cache(folder, data):
 
 def read_table(folder, data):
     """What a checkpoint's JSON says of the guidance table: taken as it is or not at all."""
-    table = HostTable(TableArgs(), devices.SharedEnv(make_env("Toy-v0", 1)))
+    env = devices.SharedEnv(make_env("Toy-v0", 1))
+    table = HostTable(TableArgs(), env)
     arrays, _ = table.state()
     with watched(folder):
         try:
@@ -263,7 +264,7 @@ def read_table(folder, data):
         except Exception:  # those who read checkpoints make one line of any
             return
         table.store(llm_client.RulesGuide(GAME).ask(questions()).wait())
-        json.dumps([table.metrics(), table.examples("all"), table.examples("best"), table.state()[1]])
+        json.dumps([table.metrics(), table.examples(env, "all"), table.examples(env, "best"), table.state()[1]])
 
 
 @contextlib.contextmanager
@@ -487,6 +488,14 @@ def test_a_checkpoint_with_a_damaged_end_is_not_resumed(change, folder, capsys):
 def test_end_tokens_that_no_model_has(end, folder):
     with replaced(folder / "tiny/generation_config.json", as_json({"eos_token_id": end})):
         with pytest.raises(ValueError, match="its end tokens are "):
+            rladapter_adapter.load_adapter(folder / "tiny")
+
+
+@pytest.mark.parametrize("layers", [2**31, 10**30, 0, -1, float("nan")])
+def test_layers_that_no_machine_has_room_for(layers, folder):
+    config = json.loads((TINY / "config.json").read_text()) | {"model_type": "qwen3", "num_hidden_layers": layers}
+    with replaced(folder / "tiny/config.json", as_json(config)):
+        with pytest.raises(ValueError, match="num_hidden_layers"):
             rladapter_adapter.load_adapter(folder / "tiny")
 
 

@@ -31,6 +31,7 @@ CONFIG_NAMES = (  # fields of a config that are used as they are
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",
 )  # fmt: skip
+MAX_LAYERS = 1000
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 # Our name -> Hugging Face's name within a layer
@@ -169,6 +170,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], list[int]]:
 
     Raises ValueError for architectures that `rladapter_adapter.Decoder` is not.
     """
+    layers = read_json(folder / "config.json").get("num_hidden_layers")
+    if isinstance(layers, int | float) and not 1 <= layers <= MAX_LAYERS:  # transformers would make lists so long
+        raise ValueError(f"its num_hidden_layers is {brief(layers)}, and only 1 to {MAX_LAYERS} are supported")
     hf = from_folder("AutoConfig", folder)
     if hf.model_type not in MODEL_TYPES:
         raise ValueError(f"its model_type is {hf.model_type!r}, and only {', '.join(MODEL_TYPES)} are supported")

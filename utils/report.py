@@ -125,7 +125,8 @@ def read_file(folder: Path, file: str, missing: dict[str, str]) -> Any:
     if not isinstance(content, kind):
         missing[file] = "can't be read"
     elif not content:
-        missing[file] = "is empty"
+        unread = kind is list and (folder / file).stat().st_size  # no line of it is a record
+        missing[file] = "can't be read" if unread else "is empty"
     return content if isinstance(content, kind) else kind()
 
 

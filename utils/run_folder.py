@@ -469,10 +469,10 @@ def read_log(folder: Path, name: str) -> list[dict[str, Any]]:
     """Returns the whole lines of a log: one may be cut off."""
     records = []
     # At \n alone: splitlines would also split at characters that JSON leaves in strings.
-    text = (folder / name).read_text(encoding="utf-8", errors="replace") if (folder / name).exists() else ""
-    for line in text.split("\n"):
+    content = (folder / name).read_bytes() if (folder / name).exists() else b""
+    for line in content.split(b"\n"):
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode())
             if type(record["phase"]) is int:
                 records.append(record)
         except (ValueError, KeyError, TypeError, RecursionError):

@@ -515,6 +515,14 @@ def steps_closer(env: devices.SharedEnv, seen: dict[str, jax.Array], obs: jax.Ar
     return steps * counts * (seen["pointed"][:, 0] < len(env.game.kinds))
 
 
+def fading_bonus(args: Args, worked: jax.Array, paid: jax.Array) -> jax.Array:
+    """Returns the bonus (...) for work on sub-goals (..., G), each of which was paid so often in this episode (..., G).
+
+    A sub-goal pays --guidance-bonus / (1 - --bonus-fade) in an episode at most, however often it is done and undone.
+    """
+    return args.bonus * (worked * args.bonus_fade**paid).sum(-1)
+
+
 def play_step(
     args: Args, agent: Agent, runner: Runner, table: GuidanceTable, exposure: Exposure, key: jax.Array
 ) -> tuple[Runner, Transition, jax.Array]:
@@ -527,7 +535,7 @@ def play_step(
     seen, memory = act(args, agent, runner, table, exposure, key_action)
     state, reward, done, info = agent.env.step(key_env, runner.env_state, seen["action"])
     worked = info["worked"] & (seen["advised"][..., : agent.env.game.num_basic] | agent.context.rewards_anything)
-    bonus = args.bonus * (worked * args.bonus_fade**runner.paid).sum(-1)
+    bonus = fading_bonus(args, worked, runner.paid)
     if args.approach_bonus and args.pointer != "none":
         bonus += args.approach_bonus * steps_closer(agent.env, seen, agent.env.observe(state)) * ~done
     transition = Transition(**seen, reward=reward + bonus, env_reward=reward, done=done, reached=info["reached"])

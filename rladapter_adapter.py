@@ -64,6 +64,9 @@ class SftArgs:
     adapter: str = "assets/adapter-tiny"
     """the adapter: a Llama, Qwen2 or Qwen3 folder in Hugging Face format, a hub id, or a folder of
     LoRA weights; none: no adapter"""
+    analyses: Literal["own", "exchanged", "random"] = "own"
+    """what the guide is given of the adapter. own: its analysis of the situation; controls: exchanged: that of another
+    situation of the same pause; random: a sentence that names random sub-goals"""
     adapter_temperature: float = 1.0
     """temperature at which the adapter's analyses are sampled; 0: the likeliest token each time"""
     adapter_max_tokens: int = 48
@@ -115,12 +118,18 @@ def adapter_prompt(game: Game, caption: str, sub_goals: Sequence[int], comprehen
     return f"{caption}\nPrevious sub-goals: {game.sub_goals_text(sub_goals)}.\n{score}\n{INSTRUCTION}"
 
 
-def write_analyses(adapter: Any, game: Game, questions: Sequence[Any], key: jax.Array) -> None:
-    """Sets `adapter_prompt` and `analysis` of `llm_client.Question`s, all in one batch."""
+def write_analyses(adapter: Any, game: Game, questions: Sequence[Any], key: jax.Array, control: str = "own") -> None:
+    """Sets `adapter_prompt` and `analysis` of `llm_client.Question`s, all in one batch; control: as --analyses."""
     if not questions:
         return
     prompts = [adapter_prompt(game, q.caption, q.sub_goals, q.comprehension) for q in questions]
     analyses = adapter.analyse(prompts, key)
+    if control == "exchanged":
+        analyses = analyses[1:] + analyses[:1]
+    elif control == "random":
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+        named = [rng.permutation(game.basic_sub_goals)[: rng.integers(1, 3)] for _ in analyses]
+        analyses = [suggestion(names) for names in named]
     for question, prompt, analysis in zip(questions, prompts, analyses, strict=True):
         question.adapter_prompt, question.analysis = prompt, analysis
     if isinstance(adapter, Adapter) and not any(map(game.sub_goals_in_text, analyses)):

@@ -855,7 +855,7 @@ def print_dry_run(args: Args, table: HostTable, env: Any, adapter: Any, situatio
     """Prints what the first pause would ask, and what the whole run would take."""
     llm_client.make_budget(args.llm)  # raises for flags that can't work, before anything is printed
     questions = table.choose_questions(env, situations)
-    write_analyses(adapter, env.game, questions, jax.random.key(args.seed))
+    write_analyses(adapter, env.game, questions, jax.random.key(args.seed), args.sft.analyses)
     NoGuide(env.game).ask(questions)
     for i, question in enumerate(questions):
         print(f"==== question {i}: adapter prompt\n{question.adapter_prompt}")
@@ -889,7 +889,7 @@ def main(args: Args, run: runs.Run) -> dict[str, Any] | None:
         # Pause: ask about situations that no advice serves, and about advice that is not understood
         with run.timed("guidance"):
             questions = table.choose_questions(env, situations) if asks else []
-            write_analyses(adapter, env.game, questions, key_analyse)
+            write_analyses(adapter, env.game, questions, key_analyse, args.sft.analyses)
             pause = guide.ask(questions, background=args.llm.llm_async)
             if not args.llm.llm_async:
                 table.store(pause.wait())  # each sub-goal with its reasons is a row

@@ -72,6 +72,25 @@ VARIANTS = {
         "advice drawn once per phase and kept, as the method is usually described",
         "--guidance-lookup pause",
     ),
+    "sft-all": Variant("tuned on all", "fine-tuning on all analyses, as in the paper", "--sft-data all"),
+    "hindsight": Variant(
+        "hindsight",
+        "fine-tuning on what the player did next where that paid",
+        "--sft-data hindsight --sft-learning-rate 1e-3",
+    ),
+    "experience": Variant(
+        "experience",
+        "fine-tuning on that, and on what sub-goals were found to take",
+        "--sft-data experience --sft-learning-rate 1e-3",
+    ),
+    "exchanged": Variant(
+        "exchanged",
+        "control: experience, with the analyses exchanged among the situations of a pause",
+        "--sft-data experience --sft-learning-rate 1e-3 --analyses exchanged",
+    ),
+    "random-analyses": Variant(
+        "random analyses", "control: a sentence that names random sub-goals, for the analysis", "--analyses random"
+    ),
     "cosine-actions": Variant(
         "score: actions",
         "comprehension score as in the paper, from action names",
@@ -99,6 +118,10 @@ SUITES = {
         "guided", "none", "facts", "facts-pointer", "none-bonus", "facts-bonus", "context-only", "no-pointer",
         "no-memory", "no-prediction", "no-trials", "no-adapter", "no-sft", "random", "shuffled", "pause",
     ), "--eval-episodes 512"),
+    # A guide that does not know the task: what the adapter's analyses are worth, and what it is tuned on.
+    "adapter": Suite((
+        "guided", "no-adapter", "no-sft", "sft-all", "hindsight", "experience", "exchanged", "random-analyses",
+    ), "--rules-knowledge minecraft --eval-episodes 512"),
     "comprehension": Suite(("guided", "cosine-actions", "success", "binary", "no-comprehension")),
     "toy": Suite(
         ("guided", "none"),
@@ -106,14 +129,15 @@ SUITES = {
         "--queries-per-phase 2 --eval-episodes 16 --adapter none --total-timesteps 2000",
     ),
 }  # fmt: skip
-SuiteName = Literal["main", "comprehension", "toy"]
+SuiteName = Literal["main", "adapter", "comprehension", "toy"]
 FREE_FLAGS = {"run_dir", "resume", "exp_name", "track", "save_every"}  # these change no result
 
 
 @dataclass(frozen=True)
 class Options:
     suite: SuiteName = "main"
-    """main: the method, its controls and ablations; comprehension: its scores; toy: a minute's check"""
+    """main: the method, its controls and ablations; adapter: what it is worth to a guide that does not know the task;
+    comprehension: the scores; toy: a minute's check"""
     seeds: int = 5
     """seeds 1 to this"""
     jobs: int = 1

@@ -1268,3 +1268,20 @@ def test_an_adapter_of_a_run_has_a_budget_by_its_size():
     size = sum(value.size for value in jax.tree.leaves(made.base))
     assert made.sft_tokens == int(ra.SFT_COMPUTE / (8 * size)) and 100_000 < made.sft_tokens < 200_000
     assert ra.make_adapter(ra.SftArgs(sft_max_tokens=77), 1, CRAFTER).sft_tokens == 77
+
+
+def test_controls_of_what_the_guide_is_given():
+    class Echo(ra.NoAdapter):
+        def analyse(self, prompts, key):
+            return [prompt.upper() for prompt in prompts]
+
+    def analyses(control, key=0):
+        questions = [Question(np.zeros(1), np.zeros(1, bool), [], None, caption=f"{i} trees") for i in range(3)]
+        ra.write_analyses(Echo(), CRAFTER, questions, jax.random.key(key), control)
+        assert [q.adapter_prompt for q in questions] == [prompt_of(f"{i} trees", [], None) for i in range(3)]
+        return [q.analysis for q in questions]
+
+    own, exchanged, random = (analyses(control) for control in ("own", "exchanged", "random"))
+    assert exchanged == [*own[1:], own[0]] and len(set(own)) == 3
+    assert all(1 <= len(CRAFTER.sub_goals_in_text(text)) <= 2 for text in random)
+    assert random == analyses("random") != analyses("random", key=1)

@@ -440,7 +440,7 @@ def test_pause_lookup_keeps_the_advice_for_the_whole_phase():
     target = np.asarray(runner.env_state.target)  # whatever they see later, envs keep what they saw at the pause
     _, t, _ = rolled(args, table, agent, runner)
     np.testing.assert_array_equal(t.advised[:, :, GOAL["chop tree"]], np.tile(target == 0, (16, 1)))
-    _, _, outcomes, _ = rl.train_phase(args, agent, runner, table.for_training(), jnp.int32(2))
+    _, _, outcomes, *_ = rl.train_phase(args, agent, runner, table.for_training(), jnp.int32(2))
     assert np.asarray(outcomes["steps"])[tree].tolist() == [0, (target == 0).sum() * 32]
     assert np.asarray(outcomes["steps"])[lake].tolist() == [0, (target == 1).sum() * 32]
 
@@ -453,7 +453,7 @@ def test_three_phases_and_a_short_one_compile_once():
     agent, runner, table = setup(args)
     before = rl.train_phase._cache_size()
     for n in (4, 4, 4, 1):
-        runner, sums, _, situations = rl.train_phase(args, agent, runner, table.for_training(), jnp.int32(n))
+        runner, sums, _, situations, _ = rl.train_phase(args, agent, runner, table.for_training(), jnp.int32(n))
     assert rl.train_phase._cache_size() == before + 1
     assert int(runner.update) == 13 and float(sums["episodes"]) == 16
     met = {name: array.shape for name, array in situations.items()}
@@ -480,7 +480,7 @@ def test_it_learns_the_toy_game(guidance):
     if guidance == "full":
         store(table, TREE)
     untrained = rl.evaluate(args, agent, runner.params, table.for_evaluation(), jax.random.key(5))
-    runner, _, _, _ = rl.train_phase(args, agent, runner, table.for_training(), jnp.int32(59))
+    runner, *_ = rl.train_phase(args, agent, runner, table.for_training(), jnp.int32(59))
     trained = rl.evaluate(args, agent, runner.params, table.for_evaluation(), jax.random.key(5))
     assert untrained["episodic_return"] < 5 and trained["episodic_return"] > 7
     assert trained["eval_episodes"] == 64 and trained["episodic_length"] == 8

@@ -4,7 +4,7 @@
             found.examples(...)                the analyses that would have been right there
             found.agreement(...)               how often what an adapter names was reached, and paid
 
-*Hindsight*: of a situation that the player was in, the rarest sub-goals that it reached soon after, where that paid
+*Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached soon after, where that paid
 more than is usual in such a situation: what is often reached needs no advice. *Experience*: the facts that were true
 whenever a sub-goal was reached. Both are made of what a player can see, of its rewards, and of nothing that the game's
 rules say. No LLM is asked.
@@ -24,7 +24,6 @@ from rladapter_adapter import suggestion
 HORIZON = 64  # steps that are looked ahead: what was reached, what it paid
 MAX_REMEMBERED = 4096  # situations, the latest
 HELD_OUT = 64  # of the latest phase's situations: these only measure
-SUGGESTED = 2  # sub-goals that an analysis suggests, at most
 RIDGE = 10.0  # strength of the prior of `usual`: as many situations in which nothing was earned
 MIN_TIMES = 5  # a sub-goal was reached so often before anything is said of what it takes
 ALWAYS, OFTEN = 0.99, 0.8  # share of these times from which a fact counts as needed, unless it is so often true anyway
@@ -143,33 +142,27 @@ class Found:
         """
         arrays, pairs = self.arrays, {}
         for i in self.most_telling()[:most]:
-            goals = self.worth_saying(i)
-            text = suggestion([self.game.sub_goals[goal] for goal in goals])
-            if source == "experience":
-                takes = {goal: self.takes(goal) for goal in goals}
-                text = " ".join([text, *(self.game.experience_text(g, facts) for g, facts in takes.items() if facts)])
+            goal = self.worth_saying(i)
+            text, takes = suggestion([self.game.sub_goals[goal]]), self.takes(goal)
+            if source == "experience" and takes:
+                text = f"{text} {self.game.experience_text(takes)}"
             pairs[prompt_of(arrays.obs[i], arrays.facts[i]), text] = None
         return list(pairs)
 
-    def worth_saying(self, i: int) -> list[int]:
-        """Returns the rarest sub-goals (at most SUGGESTED) that were reached after a situation, in that order."""
-        when = self.arrays.when[i]
-        reached = np.flatnonzero(when < HORIZON)
-        rarest = reached[np.argsort(self.arrays.times[reached], kind="stable")][:SUGGESTED]
-        return sorted(rarest.tolist(), key=lambda goal: when[goal])
+    def worth_saying(self, i: int) -> int | None:
+        """Returns the rarest sub-goal that was reached after a situation."""
+        reached = np.flatnonzero(self.arrays.when[i] < HORIZON)
+        return int(reached[self.arrays.times[reached].argmin()]) if len(reached) else None
 
     def most_telling(self) -> list[int]:
         """Returns the situations that make examples: of each sub-goal that is worth saying first the one that brought
         most, the rarest sub-goal first, then of each the second, and so on."""
-        gains = self.gains()
-        turns: dict[int, int] = {}  # sub-goal -> situations of it so far
-        order = []
+        gains, turns, order = self.gains(), dict.fromkeys(range(self.game.num_basic), 0), []
         for i in np.argsort(-gains, kind="stable").tolist():
-            reached = np.flatnonzero(self.arrays.when[i] < HORIZON)
-            if gains[i] > 0 and len(reached) and not self.arrays.held[i]:
-                rarest = int(reached[self.arrays.times[reached].argmin()])
-                turns[rarest] = turns.get(rarest, 0) + 1
-                order.append((turns[rarest], self.arrays.times[rarest], len(order), i))
+            goal = self.worth_saying(i)
+            if gains[i] > 0 and goal is not None and not self.arrays.held[i]:
+                turns[goal] += 1
+                order.append((turns[goal], self.arrays.times[goal], len(order), i))
         return [i for *_, i in sorted(order)]
 
     def held_out(self, prompt_of: Callable[[np.ndarray, np.ndarray], str]) -> tuple[np.ndarray, list[str]]:

@@ -152,7 +152,7 @@ def write_analysis(
     if rng.random() < TAKES:
         true = [name for name, so in truths_of(read_caption(caption)).items() if so]
         takes = rng.permutation(true)[: rng.integers(1, 5)]
-        sentences.append(CRAFTER.experience_text(CRAFTER.sub_goal_numbers[goals[0]], takes))
+        sentences.append(f"To {goals[0]} takes {', '.join(takes)}.")
     return " ".join(sentences)
 
 

@@ -155,18 +155,20 @@ class Game:
     def heard_in_text(self, text: str) -> dict[int, tuple[str, ...]]:
         """Finds the sub-goals that an analysis names, as `sub_goals_in_text`, and the facts that each is said to take.
 
-        Such a sentence is one of `experience_text`: "make wood sword takes wood >= 1, table in reach."
+        "Mine iron takes iron in view." says it, and after naming it "It takes iron in view.", as `experience_text`.
         """
-        heard = {}
-        for i in self.sub_goals_in_text(text):
-            said = re.search(rf"\b{re.escape(self.sub_goals[i])} takes ([^.]*)", text.lower())
-            facts = [self.read_fact(name) for name in said[1].split(",")] if said else []
-            heard[i] = tuple(("" if fact[1] else "not ") + self.facts[fact[0]] for fact in facts if fact)
+        heard: dict[int, tuple[str, ...]] = dict.fromkeys(self.sub_goals_in_text(text), ())
+        for sentence in re.finditer(r"([^.]*)\btakes ([^.]*)", text.lower()):
+            named = self.sub_goals_in_text(sentence[1]) or self.sub_goals_in_text(text[: sentence.start()])
+            facts = [self.read_fact(name) for name in sentence[2].split(",")]
+            if named:
+                heard[named[-1]] = tuple(("" if fact[1] else "not ") + self.facts[fact[0]] for fact in facts if fact)
         return heard
 
-    def experience_text(self, sub_goal: int, facts: Iterable[str]) -> str:
-        """Returns a sentence that says what a sub-goal takes, in facts."""
-        return f"To {self.sub_goals[sub_goal]} takes {', '.join(facts)}."
+    @staticmethod
+    def experience_text(facts: Iterable[str]) -> str:
+        """Returns a sentence that says what the sub-goal named last takes, in facts."""
+        return f"It takes {', '.join(facts)}."
 
     def sub_goals_text(self, indices: Iterable[int]) -> str:
         """Returns the names in the given order, "none" if empty."""

@@ -82,7 +82,7 @@ def test_a_phase_is_seen_as_a_whole_and_what_it_does_not_show_is_left_out():
     add(found, history, np.zeros((6, len(FACTS))))
     assert found.num == 4  # all of the first rollout, and the one whose life ended
     assert found.arrays.returns[:4].tolist() == [0.0, 0.0, 0.0, 2.5]
-    assert [found.worth_saying(i) for i in range(4)] == [[], [], [GOAL["sleep"]], []]
+    assert [found.worth_saying(i) for i in range(4)] == [None, None, GOAL["sleep"], None]
     assert found.arrays.obs[3].tolist() == [6, 7]
 
 
@@ -154,7 +154,7 @@ def test_what_is_rare_is_worth_saying_and_comes_first():
         found.arrays.when[i] = HORIZON
         found.arrays.when[i, [tree, iron, coal]] = tree_at, iron_at, coal_at
     found.arrays.returns[:5] = 1, 3, 2, 4, 5
-    assert [found.worth_saying(i) for i in range(5)] == [[coal, iron], [tree, coal], [tree, coal], [tree], []]
+    assert [found.worth_saying(i) for i in range(5)] == [iron, coal, coal, tree, None]
     found.gains = lambda: found.arrays.returns[:5]
     assert found.most_telling() == [0, 1, 3, 2]  # one of iron, coal, trees; then the second one of coal
     found.arrays.held[1] = True

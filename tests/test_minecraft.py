@@ -87,7 +87,7 @@ def question(analysis, facts=("wood >= 2", "tree in view"), sample=0):
 
 def test_an_analysis_is_heard_in_the_share_of_replies_that_a_real_model_heard_it_in():
     guide = RulesGuide(CRAFTER, 3, "minecraft")
-    analysis = ra.suggestion(["place crafting table"]) + " To place crafting table takes wood >= 2."
+    analysis = ra.suggestion(["place crafting table"]) + " It takes wood >= 2."
     replies = [guide.answer(question(analysis, sample=i)) for i in range(400)]
     heard = np.mean(["crafting table" in reply for reply in replies])
     assert heard == pytest.approx(llm_client.HEEDED, abs=0.07)
@@ -117,6 +117,8 @@ def test_what_an_analysis_says_is_read_in_any_order_and_only_where_it_is_named()
     assert CRAFTER.heard_in_text(text) == {
         GOAL["mine coal"]: ("coal in view", "unlocked make wood pickaxe"), GOAL["sleep"]: ()
     }  # fmt: skip
+    after = ra.suggestion(["mine coal"]) + " It takes coal in view, not dark."
+    assert CRAFTER.heard_in_text(after) == {GOAL["mine coal"]: ("coal in view", "not dark")}
     odd = "to SLEEP takes not energy full, nonsense, "
     assert CRAFTER.heard_in_text(odd) == {GOAL["sleep"]: ("not energy full",)}
     assert CRAFTER.heard_in_text("It takes courage.") == {}

@@ -51,6 +51,7 @@ from utils.replies import MAX_SUB_GOALS, follows_schema, is_usable, parse_reply,
 MAX_ANALYSIS = 1_000  # characters of the adapter's analysis that are passed on
 HEEDED = 0.75  # share of the analyses that `rules` with other knowledge follows; SmolLM2's share: docs/adapter.md
 DEADLINE = 600.0  # seconds that all calls of one pause may take
+MANY_SITUATIONS = 4  # different ones in a pause from which a guide that has one answer to all is warned of
 MANY_TIMEOUTS = 0.1  # share of a pause's requests that time out from which a warning says so
 
 
@@ -324,6 +325,15 @@ class Guide:
         if timeouts > MANY_TIMEOUTS * requests:
             way = "lower --llm-concurrency to what the server works on at a time, or raise --llm-timeout"
             self.warn("time-outs", f"{timeouts} of {requests} requests of a pause timed out; {way}")
+        self.watch_for_parrots([question for question in asked if not question.error])
+
+    def watch_for_parrots(self, answered: list[Question]) -> None:
+        """Warns where a pause asked about many situations and was given one answer: that guide copies its prompt."""
+        situations, replies = {question.caption for question in answered}, {q.reply.text for q in answered}
+        if len(situations) >= MANY_SITUATIONS and len(replies) == 1:
+            said = clean(replies.pop(), MAX_ERROR)
+            way = "it may repeat its prompt; try a larger model"
+            self.warn("repeats", f"the guide gave one answer to {len(situations)} situations of a pause, {way}: {said}")
 
     def warn(self, kind: str, message: str) -> None:
         """Prints a warning, unless there was one of its kind before."""

@@ -130,3 +130,26 @@ def test_what_is_advised_holds_but_for_what_the_analysis_says():
         now = {name: bool(rng.random() < 0.4) for name in FACTS}
         named = {int(i): ("wood >= 1",) if rng.random() < 0.5 else () for i in rng.permutation(22)[:2]}
         assert all(holds(now, reasons) for goal, reasons in minecraft.advise(now, named) if not named.get(goal))
+
+
+class Parrot(llm_client.Guide):
+    def answer(self, question):
+        return '{"sub_goals": {"chop tree": []}}' if question.sample == 0 else '{"sub_goals": {"sleep": []}}'
+
+
+def asked(captions, sample=0):
+    questions = [question("", sample=sample * (i > 0)) for i, _ in enumerate(captions)]
+    for each, caption in zip(questions, captions, strict=True):
+        each.caption = caption
+    return questions
+
+
+def test_a_guide_that_has_one_answer_to_everything_is_warned_of_once(capsys):
+    guide = Parrot(CRAFTER)
+    guide.ask(asked("aabbcc")).wait()  # three situations
+    guide.ask(asked("abcd", sample=1)).wait()  # two answers
+    assert capsys.readouterr().err == ""
+    guide.ask(asked("abcd")).wait()
+    guide.ask(asked("efgh")).wait()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "one answer to 4 situations" in error and '"chop tree"' in error

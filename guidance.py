@@ -379,13 +379,14 @@ class HostTable:
     def load_state(self, arrays: dict[str, np.ndarray], rest: dict[str, Any]) -> None:
         """Takes what `state` gave. Raises an error of any kind for what it can't have given."""
         arrays = {name: np.array(value) for name, value in arrays.items()}
-        self.found.load_state(arrays, rest.get("found", 0))
+        found = rest.get("found", 0)
+        self.found.load_state(arrays, found)
         arrays.setdefault("truth", arrays["situation"])  # older runs kept only rules that held where asked
         self.asked, self.num_asked = arrays.pop("asked"), rest["num_asked"]
         self.stated, self.holding = rest.get("rules", (0, 0))
         self.rows = SimpleNamespace(**arrays)
         self.analyses = [Analysis(**analysis) for analysis in rest["analyses"]]
-        numbers = [self.num_asked, self.stated, self.holding]
+        numbers = [self.num_asked, self.stated, self.holding, found]
         for analysis in self.analyses:
             if not (isinstance(analysis.prompt, str) and isinstance(analysis.text, str)):
                 raise TypeError("an analysis is no text")

@@ -38,14 +38,14 @@ def look_ahead(history: dict[str, np.ndarray], steps: np.ndarray, envs: np.ndarr
         steps, envs: (M,) which situations
     Returns:
         returns (M,); when (M, G), after how many steps each sub-goal was reached first, HORIZON for never;
-        known (M,), False where the phase ended before
+        known (M,), False where the phase ends within HORIZON steps, also if the episode ends before that: of
+        situations so late only those that end badly would be known
     """
     num_steps, num_goals = len(history["done"]), history["reached"].shape[-1]
     returns, alive = np.zeros(len(steps)), np.ones(len(steps), bool)
     when = np.full((len(steps), num_goals), HORIZON, np.int32)
-    known = np.ones(len(steps), bool)
+    known = steps + HORIZON <= num_steps
     for ahead in range(HORIZON):
-        known &= (steps + ahead < num_steps) | ~alive
         at = np.minimum(steps + ahead, num_steps - 1), envs
         returns += history["reward"][at] * alive
         when = np.where(history["reached"][at] & alive[:, None] & (when == HORIZON), ahead, when)
@@ -136,15 +136,15 @@ class Found:
         """Makes (prompt, analysis) pairs, the most telling first.
 
         Args:
-            source: hindsight, or experience, which also says what the sub-goals take
+            source: hindsight, or experience, which also says what the sub-goal takes
             most: pairs
             prompt_of: the adapter's prompt for obs (O,) and facts (P,)
         """
         arrays, pairs = self.arrays, {}
         for i in self.most_telling()[:most]:
             goal = self.worth_saying(i)
-            text, takes = suggestion([self.game.sub_goals[goal]]), self.takes(goal)
-            if source == "experience" and takes:
+            text = suggestion([self.game.sub_goals[goal]])
+            if source == "experience" and (takes := self.takes(goal)):
                 text = f"{text} {self.game.experience_text(takes)}"
             pairs[prompt_of(arrays.obs[i], arrays.facts[i]), text] = None
         return list(pairs)

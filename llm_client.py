@@ -433,7 +433,8 @@ class RulesGuide(Guide):
         if knowledge not in known:
             raise ValueError(f"--rules-knowledge: {game.name} has no rules {knowledge!r}; use {' or '.join(known)}")
         self.advise, self.heeded = known[knowledge], 1.0 if knowledge == "expert" else HEEDED
-        self.name = "rules" if knowledge == "expert" else f"rules ({knowledge})"
+        if knowledge != "expert":
+            self.name = f"rules ({knowledge})"
 
     def answer(self, question: Question) -> str:
         heard = self.game.heard_in_text(clean(question.analysis, MAX_ANALYSIS))

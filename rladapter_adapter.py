@@ -65,8 +65,8 @@ class SftArgs:
     """the adapter: a Llama, Qwen2 or Qwen3 folder in Hugging Face format, a hub id, or a folder of
     LoRA weights; none: no adapter"""
     analyses: Literal["own", "exchanged", "random"] = "own"
-    """what the guide is given of the adapter. own: its analysis of the situation; controls: exchanged: that of another
-    situation of the same pause; random: a sentence that names random sub-goals"""
+    """what the guide is given of the adapter, and --sft-data best and all choose from. own: its analysis; controls:
+    exchanged: that of another situation of the same pause; random: a sentence that names random sub-goals"""
     adapter_temperature: float = 1.0
     """temperature at which the adapter's analyses are sampled; 0: the likeliest token each time"""
     adapter_max_tokens: int = 48
@@ -125,7 +125,7 @@ def write_analyses(adapter: Any, game: Game, questions: Sequence[Any], key: jax.
     prompts = [adapter_prompt(game, q.caption, q.sub_goals, q.comprehension) for q in questions]
     analyses = adapter.analyse(prompts, key)
     if control == "exchanged":
-        analyses = analyses[1:] + analyses[:1]
+        analyses = analyses[1:] + analyses[:1] if len(analyses) > 1 else [""]
     elif control == "random":
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
         named = [rng.permutation(game.basic_sub_goals)[: rng.integers(1, 3)] for _ in analyses]
@@ -632,7 +632,7 @@ class Adapter:
         self.warn(
             "names nothing",
             "no analysis of this pause names a sub-goal, so a guide can't follow any, and --sft-data best finds no "
-            "example; try a lower --adapter-temperature, or another --adapter",
+            "example; try --sft-data hindsight, a lower --adapter-temperature, or another --adapter",
         )
 
     def warn(self, kind: str, message: str) -> None:

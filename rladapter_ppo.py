@@ -832,22 +832,25 @@ def tune_adapter(
     Training goes on where that fails: with loss or gradients that are no numbers, or without memory for it.
     """
     examples = table.examples(env, args.sft.sft_data)
-    measured = table.agreement(env, adapter, key, "before") if examples else {}
+    measured, tuned = {}, {}
     try:
+        if examples:
+            measured |= table.agreement(env, adapter, key, "before")
         tuned = adapter.finetune(examples, key, learning_rate=args.sft.sft_learning_rate, report=report)
+        if examples:
+            measured |= table.agreement(env, adapter, key, "after")
         reason, way = "its loss or gradients became NaN or infinite", "a lower --sft-learning-rate"
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
             raise
-        tuned = {"examples": len(examples), "sft_stopped": 1}
+        tuned = {"examples": len(examples), **tuned, "sft_stopped": 1}
         reason, way = "it ran out of memory", "a smaller --adapter"
     if tuned.get("sft_stopped"):
         kept = "the last good weights are kept and training goes on"
         adapter.warn(reason, f"a fine-tuning of the adapter was stopped, {reason}; {kept}; try {way}")
-    if examples:
-        measured |= table.agreement(env, adapter, key, "after")
     tuned |= measured | {"cut_prompts": adapter.cut_prompts}
-    lines = [{"prompt": prompt, "response": response} for prompt, response in examples]
+    read = examples[: tuned.get("examples", 0)]  # --sft-max-tokens leaves the others out
+    lines = [{"prompt": prompt, "response": response} for prompt, response in read]
     return {f"adapter/{name}": value for name, value in tuned.items()}, lines
 
 
@@ -907,10 +910,11 @@ def main(args: Args, run: runs.Run) -> dict[str, Any] | None:
 
         # Learn: what came of each row, and of the situations met; what the adapter should have said there tunes it
         table.add_outcomes(outcomes)
-        table.found.add(found, {name: array[:num_updates] for name, array in history.items()}, situations)
+        if asks:
+            table.found.add(found, {name: array[:num_updates] for name, array in history.items()}, situations)
         run.append("outcomes.jsonl", table.outcome_lines(outcomes))
         worth, tuned = table.metrics(), {}
-        if run.due(args.sft.sft_every):
+        if asks and run.due(args.sft.sft_every):
             with run.timed("sft"):
                 tuned, lines = tune_adapter(args, env, table, adapter, key_sft, run.show_tuning)
             run.append("examples.jsonl", lines)

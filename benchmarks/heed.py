@@ -91,6 +91,8 @@ def main() -> None:
     guide = llm_client.HttpGuide(
         env.game, options.llm_base_url, options.llm_model, options.llm_concurrency, structured="auto"
     )
+    if options.situations < 1:
+        raise ValueError(f"--situations: must be 1 or more, not {options.situations}")
     guide.check()
     situations = choose_situations(env, options.situations, options.seed)
     answers = {kind: ask(guide, env, situations, kind) for kind in KINDS}

@@ -72,7 +72,10 @@ VARIANTS = {
         "advice drawn once per phase and kept, as the method is usually described",
         "--guidance-lookup pause",
     ),
-    "sft-all": Variant("tuned on all", "fine-tuning on all analyses, as in the paper", "--sft-data all"),
+    "sft-all": Variant(
+        "tuned on all", "fine-tuning on all analyses, as in the paper", "--sft-data all --sft-learning-rate 1e-3"
+    ),
+    "sft-best": Variant("tuned on the best", "fine-tuning at that higher rate", "--sft-learning-rate 1e-3"),
     "hindsight": Variant(
         "hindsight",
         "fine-tuning on what the player did next where that paid",
@@ -120,7 +123,7 @@ SUITES = {
     ), "--eval-episodes 512"),
     # A guide that does not know the task: what the adapter's analyses are worth, and what it is tuned on.
     "adapter": Suite((
-        "guided", "no-adapter", "no-sft", "sft-all", "hindsight", "experience", "exchanged", "random-analyses",
+        "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "exchanged", "random-analyses",
     ), "--rules-knowledge minecraft --eval-episodes 512"),
     "comprehension": Suite(("guided", "cosine-actions", "success", "binary", "no-comprehension")),
     "toy": Suite(

@@ -158,11 +158,14 @@ class Game:
         "Mine iron takes iron in view." says it, and after naming it "It takes iron in view.", as `experience_text`.
         """
         heard: dict[int, tuple[str, ...]] = dict.fromkeys(self.sub_goals_in_text(text), ())
-        for sentence in re.finditer(r"([^.]*)\btakes ([^.]*)", text.lower()):
-            named = self.sub_goals_in_text(sentence[1]) or self.sub_goals_in_text(text[: sentence.start()])
-            facts = [self.read_fact(name) for name in sentence[2].split(",")]
-            if named:
-                heard[named[-1]] = tuple(("" if fact[1] else "not ") + self.facts[fact[0]] for fact in facts if fact)
+        named = None  # last
+        for sentence in text.lower().split("."):
+            subject, takes, listed = sentence.partition("takes ")
+            names = [(subject.rfind(self.sub_goals[i]), i) for i in self.sub_goals_in_text(subject)]
+            named = max(names)[1] if names else named
+            if takes and named is not None:
+                facts = [self.read_fact(name) for name in listed.split(",")]
+                heard[named] = tuple(("" if fact[1] else "not ") + self.facts[fact[0]] for fact in facts if fact)
         return heard
 
     @staticmethod

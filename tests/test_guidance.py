@@ -329,12 +329,19 @@ def test_advice_in_a_row_that_was_overwritten_wins_nothing():
     assert not table.examples(Words(), "best")
 
 
-def test_tuning_the_adapter_gives_the_examples_to_the_log():
+class ReadsOne(rladapter_adapter.NoAdapter):
+    def finetune(self, examples, *settings, **more):
+        return {"examples": 1}
+
+
+@pytest.mark.parametrize("adapter", [rladapter_adapter.NoAdapter(), ReadsOne()])
+def test_tuning_the_adapter_gives_the_examples_that_were_read_to_the_log(adapter):
     table, args = table_of(), rl.Args(sft=rladapter_adapter.SftArgs(sft_data="all"))
-    table.analyses = [guidance.Analysis("a", "b", [])]
-    parts = Words(), table, rladapter_adapter.NoAdapter(), jax.random.key(0), print
-    metrics, lines = rl.tune_adapter(args, *parts)
-    assert lines == [{"prompt": "a", "response": "b"}] and metrics == {"adapter/cut_prompts": 0}
+    table.analyses = [guidance.Analysis("a", "b", []), guidance.Analysis("c", "d", [])]
+    metrics, lines = rl.tune_adapter(args, Words(), table, adapter, jax.random.key(0), print)
+    read = isinstance(adapter, ReadsOne)
+    assert lines == [{"prompt": "c", "response": "d"}] * read  # the latest
+    assert metrics == {"adapter/cut_prompts": 0} | ({"adapter/examples": 1} if read else {})
 
 
 def test_comprehension_scores():

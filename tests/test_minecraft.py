@@ -54,7 +54,16 @@ def test_what_an_analysis_names_comes_first_for_reasons_that_hold():
     assert next(iter(heard.items())) == ("mine iron", ("unlocked make stone pickaxe", "iron in view"))
     assert [*heard][1:] == [name for name in advised(facts) if name != "mine iron"]
     assert advised(["water in view"], {"drink water": ()})["drink water"] == ("water in view",)  # no belief about that
-    assert advised([], {"mine diamond": ()})["mine diamond"] == ()
+    assert advised([], {"mine diamond": ()})["mine diamond"] == ("unlocked make iron pickaxe", "diamond in view")
+    assert "place stone" not in advised(["stone >= 1"], {"place stone": ()})  # it has no idea why
+
+
+def test_it_is_never_told_what_the_game_demands():
+    """Advice without reasons rests on what the game demands: the guide must not give any."""
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        now = {name: bool(rng.random() < 0.1) for name in FACTS}
+        assert all(reasons for _, reasons in minecraft.advise(now, dict.fromkeys(range(22), ())))
 
 
 def test_it_believes_what_an_analysis_says_that_something_takes():
@@ -100,6 +109,7 @@ def test_the_expert_hears_everything_and_is_as_before():
     assert guide.name == "rules" and make_guide(LlmArgs(rules_knowledge="minecraft"), CRAFTER, 1).name == (
         "rules (minecraft)"
     )
+    assert make_guide(LlmArgs(llm="shuffled"), CRAFTER, 1).name == "shuffled"
     reply = guide.answer(question("The player may chop tree."))
     advice = rules.advise(CRAFTER.truths(question("").situation), {GOAL["chop tree"]: ()})
     assert llm_client.parse_reply(CRAFTER, reply) == tuple(
@@ -119,6 +129,8 @@ def test_what_an_analysis_says_is_read_in_any_order_and_only_where_it_is_named()
     }  # fmt: skip
     after = ra.suggestion(["mine coal"]) + " It takes coal in view, not dark."
     assert CRAFTER.heard_in_text(after) == {GOAL["mine coal"]: ("coal in view", "not dark")}
+    twice = "Mine iron went badly. " + ra.suggestion(["sleep", "mine iron"]) + " It takes iron in view."
+    assert CRAFTER.heard_in_text(twice) == {GOAL["mine iron"]: ("iron in view",), GOAL["sleep"]: ()}
     odd = "to SLEEP takes not energy full, nonsense, "
     assert CRAFTER.heard_in_text(odd) == {GOAL["sleep"]: ("not energy full",)}
     assert CRAFTER.heard_in_text("It takes courage.") == {}
@@ -129,7 +141,8 @@ def test_what_is_advised_holds_but_for_what_the_analysis_says():
     for _ in range(300):
         now = {name: bool(rng.random() < 0.4) for name in FACTS}
         named = {int(i): ("wood >= 1",) if rng.random() < 0.5 else () for i in rng.permutation(22)[:2]}
-        assert all(holds(now, reasons) for goal, reasons in minecraft.advise(now, named) if not named.get(goal))
+        for goal, reasons in minecraft.advise(now, named):
+            assert goal in named or holds(now, reasons)
 
 
 class Parrot(llm_client.Guide):

@@ -38,7 +38,7 @@ TOTALS = (
 # Flags that summary.json repeats
 SUMMARY_FLAGS = (
     "seed env_id guidance guidance_lookup guidance_bonus llm rules_knowledge llm_model llm_async embed adapter trials "
-    "sft_every sft_data comprehension"
+    "analyses sft_every sft_data sft_learning_rate comprehension"
 ).split()
 
 

@@ -51,8 +51,9 @@ def advise(truths: dict[str, bool], named: Heard) -> Advice:
         wanted = [reason for reason in beliefs.get(sub_goal, ()) if reason.startswith("not ")]
         if takes:  # until when it is wanted stays believed; advice is a rule, also where it does not hold yet
             beliefs[sub_goal] = (*dict.fromkeys((*wanted, *map(destination, takes))),)
-        if holds(truths, wanted):
-            advice[sub_goal] = beliefs[sub_goal] if takes else reasons_for(sub_goal, truths, beliefs)
+        reasons = beliefs[sub_goal] if takes else reasons_for(sub_goal, truths, beliefs)
+        if reasons and holds(truths, wanted):  # advice without reasons would rest on what the game demands
+            advice[sub_goal] = reasons
     for sub_goal, reasons in beliefs.items():
         if holds(truths, reasons):
             advice.setdefault(sub_goal, reasons)
@@ -69,8 +70,11 @@ def destination(fact: str) -> str:
 def reasons_for(
     sub_goal: str, truths: dict[str, bool], beliefs: Mapping[str, tuple[str, ...]]
 ) -> tuple[str, ...]:  # fmt: skip
-    """Returns why a sub-goal that somebody else found urgent might be so: what is believed of it, as far as it holds,
-    and the thing that it is about, if that is in view."""
+    """Returns why a sub-goal that somebody else found urgent might be so.
+
+    What is believed of it, as far as it holds, and the thing that it is about, if that is in view. Where nothing of
+    that holds, all of it: the rule for later. () if nothing is known of it.
+    """
     thing = f"{THINGS.get(sub_goal)} in view"
-    reasons = [reason for reason in beliefs.get(sub_goal, ()) if holds(truths, (reason,))]
-    return tuple(reasons + [thing] * (thing not in reasons and truths.get(thing, False)))
+    known = (*beliefs.get(sub_goal, ()), *[thing] * (thing in FACTS))
+    return tuple(dict.fromkeys([reason for reason in known if holds(truths, (reason,))] or known))

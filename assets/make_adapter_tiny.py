@@ -152,6 +152,7 @@ def write_analysis(
     if rng.random() < TAKES:
         true = [name for name, so in truths_of(read_caption(caption)).items() if so]
         takes = rng.permutation(true)[: rng.integers(1, 5)]
+        # `Game.heard_in_text` reads this as well as the shorter "It takes ..." of `Game.experience_text`
         sentences.append(f"To {goals[0]} takes {', '.join(takes)}.")
     return " ".join(sentences)
 

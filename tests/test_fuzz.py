@@ -31,6 +31,7 @@ import rladapter_ppo as rl
 from envs import make_env
 from guidance import HostTable, TableArgs
 from utils import devices, hf_folder, llm_cache, report, run_folder, runs
+from utils.cli import first_line
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "assets/adapter-tiny"
@@ -515,3 +516,9 @@ def test_a_cache_that_another_program_made(tmp_path):
     cache = llm_cache.Cache(tmp_path / "llm.sqlite", lambda text: True)
     assert [cache.read(key) for key in "abc"] == [None] * 3
     cache.close()
+
+
+def test_what_an_error_quotes_can_be_printed(folder):
+    """Half a character in a file's name, as an index of weights had it: the error could not be written to a terminal."""
+    in_model("model.safetensors.index.json")(folder, b'{"weight_map":{"":"\\ud800"}}')
+    assert first_line(ValueError("no \ud800 \x1b[2J é\nmore")) == "no \\ud800 \\x1b[2J é"

@@ -44,8 +44,12 @@ def check_ranges(args: Any, limits: dict[str, tuple[float, float]]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns what an exception says, in one line that is never empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_ERROR_LINE]
+    """Returns what an exception says, in one line that is never empty and that any terminal can print.
+
+    Files may have put anything into it: halves of characters, escapes.
+    """
+    line = (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_ERROR_LINE]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def exit_code(command: Callable[[], int | None]) -> int:

@@ -88,7 +88,7 @@ def report(run: "Run", summary: dict[str, Any] | None) -> int:
         run.console.print(f"stopped; continue with: {again(run.folder)}", markup=False, highlight=False, soft_wrap=True)
     if summary is not None and devices.is_leader():
         shown = {name: value for name, value in summary.items() if name != "achievements"}
-        shown = {name: round(v, 2) if isinstance(v, float) else v for name, v in shown.items()}
+        shown = {name: round(v, 2) or float(f"{v:.2g}") if isinstance(v, float) else v for name, v in shown.items()}
         run.console.print(json.dumps(shown, indent=2), markup=False, highlight=False, soft_wrap=True)
         folder = shlex.quote(str(run.folder))
         where = f"results: {folder}/summary.json   curves: tensorboard --logdir {folder}"

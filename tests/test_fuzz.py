@@ -519,6 +519,6 @@ def test_a_cache_that_another_program_made(tmp_path):
 
 
 def test_what_an_error_quotes_can_be_printed(folder):
-    """Half a character in a file's name, as an index of weights had it: the error could not be written to a terminal."""
+    """Half a character in a name, as an index of weights had it: the error could not be written to a terminal."""
     in_model("model.safetensors.index.json")(folder, b'{"weight_map":{"":"\\ud800"}}')
     assert first_line(ValueError("no \ud800 \x1b[2J é\nmore")) == "no \\ud800 \\x1b[2J é"

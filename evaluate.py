@@ -135,12 +135,13 @@ def load(folder: Path, given: EvalArgs) -> Trained:
         if given.guidance == "none":
             table.rows.valid[:] = False
         agent, params = rl.make_agent(args, env, table.for_training(), jax.random.key(0))
-        params = like(params, saved["runner"]["params"])
+        params, totals = like(params, saved["runner"]["params"]), extra["totals"]
+        runs.check_totals(totals)
     except Exception as error:  # whatever it lacks
         why = run_folder.clean_line(str(error))
         raise ValueError(f"runs: {folder} was made by another version of this code ({why})") from None
     llm = given.llm if given.ask else base.llm
-    return Trained(folder, args, agent, params, table, phase, saved, extra["totals"], llm)
+    return Trained(folder, args, agent, params, table, phase, saved, totals, llm)
 
 
 def like(template: Any, saved: dict[str, Any]) -> Any:

@@ -522,3 +522,8 @@ def test_what_an_error_quotes_can_be_printed(folder):
     """Half a character in a name, as an index of weights had it: the error could not be written to a terminal."""
     in_model("model.safetensors.index.json")(folder, b'{"weight_map":{"":"\\ud800"}}')
     assert first_line(ValueError("no \ud800 \x1b[2J é\nmore")) == "no \\ud800 \\x1b[2J é"
+
+
+def test_a_checkpoint_without_totals_is_one_line(folder):
+    """A KeyError, where a run is evaluated."""
+    in_checkpoint("extra/metadata")(folder, b'{"table": {"num_asked": 4, "analyses": [], "rules": [1, 1]}, "": 0}')

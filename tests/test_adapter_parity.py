@@ -14,6 +14,7 @@ import pytest
 import torch_reference
 
 import rladapter_adapter as ra
+from envs.crafter import CRAFTER
 from utils import hf_folder
 
 SHAPE = {
@@ -74,7 +75,7 @@ def pair(request, tmp_path_factory, by_torch):
     by_torch(torch_reference.make, folder, config, SHAPE | changes, shard)
     byte_tokenizer().save_pretrained(folder)
     assert (folder / "model.safetensors.index.json").is_file() == (request.param == "smollm2")
-    return Reference(by_torch, folder), ra.load_adapter(folder)
+    return Reference(by_torch, folder), ra.load_adapter(folder, system=ra.about(CRAFTER))
 
 
 def some_tokens(length, seed=0):

@@ -191,7 +191,7 @@ def test_examples_are_logged_as_they_are_tuned_on(model, tmp_path, monkeypatch):
         rladapter_adapter.Adapter, "analyse",
         lambda self, prompts, key: [f"Chop tree or drink water, {i}." for i, _ in enumerate(prompts)],
     )  # fmt: skip
-    tune = lambda self, pairs, *_, **__: tuned_on.append(pairs) or {}  # noqa: E731
+    tune = lambda self, pairs, *_, **__: tuned_on.append(pairs) or {"examples": len(pairs)}  # noqa: E731
     monkeypatch.setattr(rladapter_adapter.Adapter, "finetune", tune)
     flags = ["--adapter", str(model), "--num-envs", "16", "--guidance-rows", "4"]
     for sft_data in ("best", "all"):

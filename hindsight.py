@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from advice import possible_sub_goals
 from envs.game import Game
 from rladapter_adapter import suggestion
 
@@ -183,9 +184,7 @@ class Found:
 
     def possible(self, rows: np.ndarray) -> list[list[int]]:
         """Returns the sub-goals that have all that the game demands of them, in situations."""
-        needs = self.game.needs_matrix[: self.game.num_basic]
-        facts = self.arrays.facts[rows].astype(np.float32)
-        can = facts @ needs.T >= (needs > 0).sum(1) - 0.5
+        can = np.asarray(possible_sub_goals(self.game, self.arrays.facts[rows]))[:, : self.game.num_basic]
         return [np.flatnonzero(row).tolist() for row in can]
 
     def state(self) -> dict[str, np.ndarray]:

@@ -22,8 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
 from random_situations import random_observations  # noqa: E402
 
 import llm_client  # noqa: E402
+from advice import possible_sub_goals  # noqa: E402
 from envs import make_env  # noqa: E402
-from envs.game import holds  # noqa: E402
 from rladapter_adapter import suggestion  # noqa: E402
 from utils.cli import exit_code  # noqa: E402
 from utils.run_folder import git_commit, write_json  # noqa: E402
@@ -52,11 +52,11 @@ def choose_situations(env: Any, num: int, seed: int) -> list[dict[str, Any]]:
     """Finds situations in which there is something sensible and something rare to suggest."""
     rng, found = np.random.default_rng(seed), []
     observations = np.asarray(random_observations(env, jax.random.key(seed), 4 * num))
-    for obs, facts in zip(observations, np.asarray(env.facts(observations)), strict=True):
-        truths = env.game.truths(facts)
-        advised = [i for i, _ in env.game.advise(truths, {}) if i < env.game.num_basic]
-        can = [i for i, name in enumerate(env.game.basic_sub_goals) if holds(truths, env.game.needs.get(name, ()))]
-        rare = [i for i in can if i not in advised]
+    all_facts = np.asarray(env.facts(observations))
+    possible = np.asarray(possible_sub_goals(env.game, all_facts))[:, : env.game.num_basic]
+    for obs, facts, can in zip(observations, all_facts, possible, strict=True):
+        advised = [i for i, _ in env.game.advise(env.game.truths(facts), {}) if i < env.game.num_basic]
+        rare = [i for i in np.flatnonzero(can).tolist() if i not in advised]
         if advised and rare:
             found.append({"obs": obs, "facts": facts, "sensible": advised[0], "rare": int(rng.choice(rare))})
     return found[:num]

@@ -357,7 +357,7 @@ class Checkpoints:
         except Exception as error:
             raise ValueError(f"{folder / 'checkpoints'} can't be used ({clean_line(str(error))})") from None
         self.failed = False  # was it said that the newest one could not be written?
-        say_nothing_of_closed_loops()
+        say_nothing_of_failed_saves()
 
     def save(
         self, phase: int, arrays: Any, situations: dict[str, np.ndarray], extra: dict[str, Any]
@@ -430,8 +430,11 @@ class Checkpoints:
         self.manager.close()
 
 
-def say_nothing_of_closed_loops() -> None:
-    """Keeps the rest of a save or a restore that failed quiet: hundreds of files find nobody any more to report to."""
+def say_nothing_of_failed_saves() -> None:
+    """Keeps the rest of a save or a restore that failed quiet: hundreds of files find nobody any more to report to.
+
+    What they say comes at any time: from a thread that lags behind, or when garbage is collected.
+    """
     before = sys.unraisablehook
     if getattr(before, "says_nothing", False):
         return
@@ -442,6 +445,8 @@ def say_nothing_of_closed_loops() -> None:
 
     hook.says_nothing = True
     sys.unraisablehook = hook
+    for name in "asyncio", "absl":
+        logging.getLogger(name).addFilter(lambda record: ".orbax-checkpoint-tmp" not in record.getMessage())
 
 
 def read_checkpoint(folder: Path, phase: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:

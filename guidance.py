@@ -28,7 +28,7 @@ from advice import NEVER, TOLERANCE, GuidanceTable
 from envs.game import Game, Literals
 from hindsight import Found
 from llm_client import Question
-from rladapter_adapter import adapter_prompt
+from rladapter_adapter import FROM_PLAY, adapter_prompt
 from utils import trials
 from utils.comprehension import SCORES, Understood
 from utils.embeddings import make_embedding
@@ -297,7 +297,7 @@ class HostTable:
         all: every analysis, as in the reference, the latest first. best: those that named a sub-goal which the guide
         then advised, in advice that has won its trial. hindsight, experience: of hindsight.py.
         """
-        if sft_data in ("hindsight", "experience"):
+        if sft_data in FROM_PLAY:
             return self.found.examples(sft_data, MAX_ANALYSES, self._prompts(env))
         rows, won = self.rows, self.rows.valid & (self.trial_z() > trials.DECIDED_AT_SE)
         winners = set(rows.advice_id[won].tolist())

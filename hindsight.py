@@ -4,10 +4,10 @@
             found.examples(...)                the analyses that would have been right there
             found.agreement(...)               how often what an adapter names was reached, and paid
 
-*Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached soon after, where that paid
-more than is usual in such a situation: what is often reached needs no advice. *Experience*: the facts that were true
-whenever a sub-goal was reached. Both are made of what a player can see, of its rewards, and of nothing that the game's
-rules say. No LLM is asked.
+*Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached and was paid for soon after,
+where that paid more than is usual in such a situation: what is often reached needs no advice. *Experience*: the facts
+that were true whenever a sub-goal was reached. Both are made of what a player can see, of its rewards, and of nothing
+that the game's rules say. No LLM is asked.
 
 M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of an observation.
 """
@@ -38,20 +38,24 @@ def look_ahead(history: dict[str, np.ndarray], steps: np.ndarray, envs: np.ndarr
         history: of a phase reward (S, N), done (S, N), reached (S, N, G)
         steps, envs: (M,) which situations
     Returns:
-        returns (M,); when (M, G), after how many steps each sub-goal was reached first, HORIZON for never;
-        known (M,), False where the phase ends within HORIZON steps, also if the episode ends before that: of
-        situations so late only those that end badly would be known
+        returns (M,); when (M, G), after how many steps each sub-goal was reached first, HORIZON for never; paid (M, G),
+        was it reached in a step with a reward above 0 (what was done before in this life seldom is); known (M,),
+        False where the phase ends within HORIZON steps, also if the episode ends before that: of situations so late
+        only those that end badly would be known
     """
     num_steps, num_goals = len(history["done"]), history["reached"].shape[-1]
     returns, alive = np.zeros(len(steps)), np.ones(len(steps), bool)
     when = np.full((len(steps), num_goals), HORIZON, np.int32)
+    paid = np.zeros((len(steps), num_goals), bool)
     known = steps + HORIZON <= num_steps
     for ahead in range(HORIZON):
         at = np.minimum(steps + ahead, num_steps - 1), envs
+        reached = history["reached"][at] & alive[:, None]
         returns += history["reward"][at] * alive
-        when = np.where(history["reached"][at] & alive[:, None] & (when == HORIZON), ahead, when)
+        when = np.where(reached & (when == HORIZON), ahead, when)
+        paid |= reached & (history["reward"][at] > 0)[:, None]
         alive = alive & ~history["done"][at]
-    return {"returns": returns, "when": when, "known": known}
+    return {"returns": returns, "when": when, "paid": paid, "known": known}
 
 
 def usual(facts: np.ndarray, returns: np.ndarray) -> np.ndarray:
@@ -71,6 +75,7 @@ class Found:
             obs=np.zeros((MAX_REMEMBERED, obs_size), np.uint8),
             facts=np.zeros((MAX_REMEMBERED, num_facts), bool),
             when=np.zeros((MAX_REMEMBERED, goals), np.int32),  # of `look_ahead`
+            paid=np.zeros((MAX_REMEMBERED, goals), bool),
             returns=np.zeros(MAX_REMEMBERED),
             held=np.zeros(MAX_REMEMBERED, bool),  # measures only, until there is a later phase
             times=np.zeros(goals),  # how often each sub-goal was reached
@@ -103,7 +108,7 @@ class Found:
         new = np.flatnonzero(came["known"])[-MAX_REMEMBERED:]
         rows = (self.num + np.arange(len(new))) % MAX_REMEMBERED
         arrays.held[:] = False
-        for name, source in (("obs", met), ("facts", met), ("when", came), ("returns", came)):
+        for name, source in (("obs", met), ("facts", met), ("when", came), ("paid", came), ("returns", came)):
             getattr(arrays, name)[rows] = source[name][new]
         arrays.held[rows[:: max(1, len(rows) // HELD_OUT)][:HELD_OUT]] = True
         self.num += len(new)
@@ -151,8 +156,9 @@ class Found:
         return list(pairs)
 
     def worth_saying(self, i: int) -> int | None:
-        """Returns the rarest sub-goal that was reached after a situation."""
-        reached = np.flatnonzero(self.arrays.when[i] < HORIZON)
+        """Returns the rarest sub-goal that was paid for after a situation; where none was, that was reached."""
+        paid, reached = (np.flatnonzero(found[i]) for found in (self.arrays.paid, self.arrays.when < HORIZON))
+        reached = paid if len(paid) else reached
         return int(reached[self.arrays.times[reached].argmin()]) if len(reached) else None
 
     def most_telling(self) -> list[int]:

@@ -76,7 +76,8 @@ class SftArgs:
     sft_data: Literal["best", "all", "hindsight", "experience"] = "best"
     """what the adapter is fine-tuned on, 512 pairs at most. best: analyses that (1) name a sub-goal (2) that the guide
     then advised, (3) in advice that won its trial; all: all analyses, as in the paper; hindsight: what the player did
-    next in situations where that paid; experience: the same, and what these sub-goals were found to take"""
+    next in situations where that paid; experience: the same, and what these sub-goals were found to take. With the last
+    two it says nothing before it has learned something"""
     sft_max_tokens: int | None = None
     """tokens that a fine-tuning may read, the most telling examples first; default: what takes about 1e12
     floating-point operations, 150,000 for the tiny adapter, 930 (and no fewer than 8 pairs) for one of 135M"""
@@ -90,6 +91,9 @@ LIMITS = {
     "sft_every": (0, 10**9), "sft_learning_rate": (0, 10), "adapter_temperature": (0, 100),
     "adapter_max_tokens": (1, 4096), "sft_max_tokens": (1, 10**12),
 }  # fmt: skip
+
+
+FROM_PLAY = "hindsight", "experience"  # --sft-data that need no analyses
 
 
 # --------------------------------------------------------------------------------------- the prompt
@@ -120,7 +124,7 @@ def adapter_prompt(game: Game, caption: str, sub_goals: Sequence[int], comprehen
 
 def write_analyses(adapter: Any, game: Game, questions: Sequence[Any], key: jax.Array, control: str = "own") -> None:
     """Sets `adapter_prompt` and `analysis` of `llm_client.Question`s, all in one batch; control: as --analyses."""
-    if not questions:
+    if not (questions and adapter.speaks):
         return
     prompts = [adapter_prompt(game, q.caption, q.sub_goals, q.comprehension) for q in questions]
     analyses = adapter.analyse(prompts, key)
@@ -530,7 +534,7 @@ def sft_step(
 class NoAdapter:
     """Stands in for an adapter with `--adapter none`: says nothing, learns nothing."""
 
-    cut_prompts = 0
+    cut_prompts, speaks = 0, True
 
     def analyse(self, prompts: Sequence[str], key: jax.Array) -> list[str]:
         return [""] * len(prompts)
@@ -566,6 +570,7 @@ class Adapter:
         self.prefix: Any = None  # the keys and values of these; None again when the weights change
         self.temperature, self.max_tokens = SftArgs.adapter_temperature, SftArgs.adapter_max_tokens
         self.sft_tokens: int | None = None  # that a fine-tuning may read
+        self.waits = False  # does it say nothing before it has learned something?
         self.warned: set[str] = set()  # kinds of warnings that were printed
 
     def encode_example(self, prompt: str, response: str) -> Text:
@@ -578,6 +583,11 @@ class Adapter:
     def cut_prompts(self) -> int:
         """Counts the prompts so far that were too long for the context."""
         return self.chat.num_cut
+
+    @property
+    def speaks(self) -> bool:
+        """False where it is to learn from play first, and has not: LoRA's B are zero."""
+        return not self.waits or any(bool(jnp.any(x)) for name, x in self.lora["lora"].items() if name.endswith("_b"))
 
     def prefix_of(self, prompts: Sequence[list[int]]) -> tuple[int, Any]:
         """Returns how many tokens all prompts begin with, and their keys and values; or 0, None."""
@@ -794,6 +804,7 @@ def make_adapter(args: SftArgs, seed: int, game: Game) -> Adapter | NoAdapter:
     hint = "; or use --adapter none"
     adapter = open_adapter("--adapter", args.adapter, seed, hint, about(game), rank=args.lora_rank)
     adapter.temperature, adapter.max_tokens = args.adapter_temperature, args.adapter_max_tokens
+    adapter.waits = args.sft_every > 0 and args.sft_data in FROM_PLAY
     adapter.sft_tokens = args.sft_max_tokens or adapter.affordable_tokens()
     with naming(f"--adapter: cannot use {args.adapter}", hint):
         adapter.check_room()

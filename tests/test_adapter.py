@@ -1205,6 +1205,18 @@ def test_a_pause_whose_analyses_name_nothing_warns_once(capsys, monkeypatch):
     assert pause() == ""
 
 
+@pytest.mark.parametrize("data, every, at_first", [("best", 4, True), ("experience", 0, True), ("hindsight", 4, False)])
+def test_an_adapter_that_is_to_learn_from_play_says_nothing_before_it_has(data, every, at_first, folder):
+    made = ra.make_adapter(ra.SftArgs(adapter=str(folder), sft_data=data, sft_every=every), 1, CRAFTER)
+    question = Question(np.zeros(1, np.uint8), np.zeros(1, bool), [], None, caption="x")
+    ra.write_analyses(made, CRAFTER, [question], jax.random.key(0))
+    assert made.speaks == at_first == bool(question.adapter_prompt)
+    made.finetune(TOYS * 4, jax.random.key(0))
+    assert made.speaks
+    ra.write_analyses(made, CRAFTER, [question], jax.random.key(0))
+    assert question.adapter_prompt and question.analysis
+
+
 # ------------------------------------------------------------------------------------------- words and budgets
 
 

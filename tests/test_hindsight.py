@@ -31,19 +31,20 @@ def test_look_ahead_against_a_loop():
     steps, envs = rng.integers(200, size=300), rng.integers(3, size=300)
     came = look_ahead(history, steps, envs)
     for i, (step, env) in enumerate(zip(steps, envs, strict=True)):
-        total, when, known = 0.0, [HORIZON] * 4, False
+        total, when, known, paid = 0.0, [HORIZON] * 4, False, [False] * 4
         for ahead in range(HORIZON):
             if step + ahead == 200:
                 break
             total += history["reward"][step + ahead, env]
             for goal in np.flatnonzero(history["reached"][step + ahead, env]):
                 when[goal] = min(when[goal], ahead)
+                paid[goal] |= history["reward"][step + ahead, env] > 0
             known |= ahead == HORIZON - 1
             if history["done"][step + ahead, env]:
                 break
         assert came["known"][i] == (step + HORIZON <= 200) and not known > came["known"][i]
         if came["known"][i]:
-            assert came["when"][i].tolist() == when
+            assert came["when"][i].tolist() == when and came["paid"][i].tolist() == paid
             np.testing.assert_allclose(came["returns"][i], total)
     assert 0.5 < came["known"].mean() < 1
 
@@ -158,6 +159,8 @@ def test_what_is_rare_is_worth_saying_and_comes_first():
     assert found.most_telling() == [0, 1, 3, 2]  # one of iron, coal, trees; then the second one of coal
     found.arrays.held[1] = True
     assert found.most_telling() == [0, 2, 3]
+    found.arrays.paid[0, coal] = True  # iron was mined before, and is not paid again
+    assert found.worth_saying(0) == coal and found.worth_saying(1) == coal
 
 
 def test_experience_says_what_it_takes_in_words_that_are_read_back():

@@ -28,6 +28,7 @@ HELD_OUT = 64  # of the latest phase's situations: these only measure
 RIDGE = 10.0  # strength of the prior of `usual`: as many situations in which nothing was earned
 MIN_TIMES = 5  # a sub-goal was reached so often before anything is said of what it takes
 ALWAYS, OFTEN = 0.99, 0.8  # share of these times from which a fact counts as needed, unless it is so often true anyway
+OTHERS = 2  # sub-goals of which experience says what they take, beside the one that it suggests
 MAX_FACTS = 5  # that a sentence says of what a sub-goal takes, the rarest ones
 
 
@@ -142,18 +143,25 @@ class Found:
         """Makes (prompt, analysis) pairs, the most telling first.
 
         Args:
-            source: hindsight, or experience, which also says what the sub-goal takes
+            source: hindsight, or experience, which also says what this sub-goal takes, and what some others do
             most: pairs
             prompt_of: the adapter's prompt for obs (O,) and facts (P,)
         """
         arrays, pairs = self.arrays, {}
+        takes = [self.takes(goal) for goal in range(self.game.num_basic)]
         for i in self.most_telling()[:most]:
             goal = self.worth_saying(i)
             text = suggestion([self.game.sub_goals[goal]])
-            if source == "experience" and (takes := self.takes(goal)):
-                text = f"{text} {self.game.experience_text(takes)}"
+            if source == "experience":
+                text = " ".join([text, *self.experience(goal, takes, np.random.default_rng(i))])
             pairs[prompt_of(arrays.obs[i], arrays.facts[i]), text] = None
         return list(pairs)
+
+    def experience(self, goal: int, takes: Sequence[list[str]], rng: np.random.Generator) -> list[str]:
+        """Returns sentences: what a sub-goal takes, if that is known, and what some others drawn by rng take."""
+        known = [i for i in rng.permutation(len(takes)).tolist() if i != goal and takes[i]]
+        others = [self.game.experience_text(takes[i], self.game.sub_goals[i]) for i in known[:OTHERS]]
+        return [self.game.experience_text(takes[goal])] * bool(takes[goal]) + others
 
     def worth_saying(self, i: int) -> int | None:
         """Returns the rarest sub-goal that was paid for after a situation; where none was, that was reached."""

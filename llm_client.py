@@ -180,7 +180,7 @@ Sub-goals, the only ones that exist: {sub_goals}.
 
 Facts, the only ones that exist: {facts}.
 
-You are told what the player sees, what it was advised to do before ("Previous sub-goals"), and, in the last line
+You are told what the player sees, what it was advised to do before ("Previous sub-goals"), and, at the end
 ("Analysis"), what an adviser says who has watched this player. Put the sub-goals that the adviser suggests first.
 
 Reply with one JSON object and nothing else, without white space, in this form:
@@ -191,16 +191,12 @@ advised in every situation in which its facts are so, so leave out what does not
 that does."""
 
 # Placeholders, no example: small models repeat an example whatever they are asked.
-FORM = {"sub_goals": {"SUB-GOAL": ["FACT", "not FACT"]}}
-SCHEMA_FORM = {"sub_goals": [{"name": "SUB-GOAL", "because": ["FACT", "not FACT"]}]}
-COMPACT = (",", ":")
+PLACEHOLDERS = "FACT", "not FACT"
 
 REPAIR_PROMPT = "Your reply could not be used: {reason}. Reply with only the JSON object, with names from the lists."
 
-SCHEMA_NOTE = """
-
-Write the object in this form, the most urgent sub-goal first:
-{form}"""
+# Small models heed an analysis only in the form of the reply, and where the reply begins (docs/adapter.md).
+BEGIN_PROMPT = "Begin the object with the sub-goals that the analysis names: {form}"
 
 
 @functools.cache
@@ -213,7 +209,7 @@ def system_prompt(game: Game) -> str:
         about_the_game=game.prompt,
         sub_goals=sub_goals,
         facts=", ".join(game.facts),
-        form=json.dumps(FORM, separators=COMPACT),
+        form=in_form([("SUB-GOAL", PLACEHOLDERS)]),
         max_sub_goals=MAX_SUB_GOALS,
     )
 
@@ -221,11 +217,15 @@ def system_prompt(game: Game) -> str:
 def build_messages(game: Game, caption: str, sub_goals: Sequence[int], analysis: str) -> Messages:
     """Returns the chat of one question: the rules of the game, then caption, previous sub-goals and analysis.
 
-    The analysis is put on one line, so whatever an adapter writes cannot pass for a line of the caption.
+    The analysis is put on one line, so whatever an adapter writes cannot pass for a line of the caption. What it names
+    stands in the form of the reply behind it, with what it says that this takes, as reasons.
     """
     lines = [caption.strip(), f"Previous sub-goals: {game.sub_goals_text(sub_goals)}."]
     if analysis := clean(analysis, MAX_ANALYSIS):
         lines.append(f"Analysis: {analysis}")
+        if heard := game.heard_in_text(analysis):
+            named = [(game.sub_goals[i], takes or PLACEHOLDERS) for i, takes in heard.items()]
+            lines.append(BEGIN_PROMPT.format(form=in_form(named)))
     return [{"role": "system", "content": system_prompt(game)}, {"role": "user", "content": "\n".join(lines)}]
 
 
@@ -263,14 +263,19 @@ def reply_form(game: Game) -> Form:
     named = {"name": "sub_goals", "strict": True, "schema": reply_schema(game)}
     return Form(
         response_format={"type": "json_schema", "json_schema": named},
-        note=SCHEMA_NOTE.format(form=json.dumps(SCHEMA_FORM, separators=COMPACT)),
         follows=functools.partial(follows_schema, game),
     )
 
 
 def format_reply(game: Game, advice: Iterable[tuple[int, Iterable[str]]]) -> str:
     """Returns the JSON text that the system prompt asks for, from sub-goals and their reasons in words."""
-    return json.dumps({"sub_goals": {game.sub_goals[i]: list(reasons) for i, reasons in advice}})
+    return in_form((game.sub_goals[i], reasons) for i, reasons in advice)
+
+
+def in_form(advice: Iterable[tuple[str, Iterable[str]]]) -> str:
+    """Returns names with reasons in the form of a reply."""
+    items = [{"name": name, "because": list(reasons)} for name, reasons in advice]
+    return json.dumps({"sub_goals": items}, separators=(",", ":"))
 
 
 # ------------------------------------------------------------------------------------------- guides
@@ -451,8 +456,9 @@ class ShuffledGuide(RulesGuide):
 
     def answer(self, question: Question) -> str:
         others = np.random.default_rng(self.seed).permutation(self.game.num_basic)
-        reply = json.loads(super().answer(question))["sub_goals"].items()
-        return format_reply(self.game, [(int(others[self.game.sub_goal_numbers[name]]), why) for name, why in reply])
+        said = json.loads(super().answer(question))["sub_goals"]
+        numbers = (int(others[self.game.sub_goal_numbers[item["name"]]]) for item in said)
+        return format_reply(self.game, zip(numbers, (item["because"] for item in said), strict=True))
 
 
 class RandomGuide(Guide):
@@ -577,7 +583,7 @@ class HttpGuide(Guide):
     def cache_key(self, messages: Messages, sample: int) -> str:
         """Returns a hash of all that decides a reply; the key of the API is no part of it."""
         form = self.chat.form
-        sent = [form.response_format["json_schema"]["schema"], form.note]
+        schema = form.response_format["json_schema"]["schema"]
         request = {
             "base_url": self.chat.base_url,
             "model": self.chat.model,
@@ -586,7 +592,7 @@ class HttpGuide(Guide):
             "temperature": 1.0,
             "max_tokens": MAX_TOKENS,
             "structured": self.chat.structured,
-            "schema": None if self.chat.structured == "text" else sent,
+            "schema": None if self.chat.structured == "text" else schema,
         }
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 

@@ -7,8 +7,9 @@ tokenizer, trained from scratch on text that is made up from real Craftax situat
 
 It learns the language and to read a situation, not the strategy: the teacher (`write_analysis`) says how well the last
 advice was understood, states a fact or two of the caption, suggests a sub-goal or two drawn *at random* among those
-whose things the caption mentions, and now and then says of one that it takes facts drawn at random. Which sub-goals are
-best, and what they take, is for RL to find out, and reaches the adapter by fine-tuning.
+whose things the caption mentions, and says of some what they take: what anybody believes who has played Minecraft, or
+facts drawn at random. Which sub-goals are best, and what they take here, is for RL to find out, and reaches the adapter
+by fine-tuning.
 Read it top down: the teacher, the tokenizer, the training, the measures.
 """
 
@@ -38,7 +39,8 @@ from random_situations import random_observations  # noqa: E402
 from envs import make_env  # noqa: E402
 from envs.crafter import CRAFTER  # noqa: E402
 from envs.crafter import vocabulary as words  # noqa: E402
-from envs.crafter.captions import ABOUT, Scene, read_caption, truths_of  # noqa: E402
+from envs.crafter.captions import ABOUT, Scene, read_caption  # noqa: E402
+from envs.crafter.minecraft import BELIEFS  # noqa: E402
 from rladapter_adapter import (  # noqa: E402
     INSTRUCTION,
     PROJECTIONS,
@@ -87,7 +89,9 @@ UNDERSTOOD = {
     "unknown": ("How well {last} went is unknown.", "Advice on {last} has no score yet.", "No score for {last} yet."),
 }
 NO_ADVICE = ("There was no advice before.", "No advice was given before.")
-SHORT, TAKES = 0.3, 0.1  # shares of the analyses that are nothing but the suggestion, and that say what it takes
+SHORT, TAKES = 0.3, 0.4  # shares of the analyses that are nothing but the suggestion, and that say what something takes
+BELIEVED = {goal: [fact for fact in facts if not fact.startswith("not ")] for goal, facts in BELIEFS}
+RANDOM = 0.3  # share of what is said to be taken that is drawn at random: all facts are words to be known
 # Statements name things, not how many or where: the LLM has the caption too, and to copy numbers takes a larger model.
 STATEMENTS = {
     "see": ("It sees {}.", "There is {} in view."), "hold": ("It holds {}.", "It has {}."), "lack": ("It has no {}.",),
@@ -150,11 +154,17 @@ def write_analysis(
     goals = rng.permutation(possible_sub_goals(caption))[: rng.integers(1, 3)]
     sentences = [*sentences, *facts] * (rng.random() > SHORT) + [suggestion(goals)]
     if rng.random() < TAKES:
-        true = [name for name, so in truths_of(read_caption(caption)).items() if so]
-        takes = rng.permutation(true)[: rng.integers(1, 5)]
-        # `Game.heard_in_text` reads this as well as the shorter "It takes ..." of `Game.experience_text`
-        sentences.append(f"To {goals[0]} takes {', '.join(takes)}.")
+        others = rng.permutation(CRAFTER.basic_sub_goals)[: rng.integers(0, 3)]
+        sentences += [CRAFTER.experience_text(draw_takes(rng, goals[-1]))]
+        sentences += [CRAFTER.experience_text(draw_takes(rng, goal), goal) for goal in others]
     return " ".join(sentences)
+
+
+def draw_takes(rng: np.random.Generator, goal: str) -> list[str]:
+    """Returns facts that a sub-goal is said to take."""
+    if BELIEVED.get(goal) and rng.random() > RANDOM:
+        return BELIEVED[goal]
+    return rng.permutation(words.FACTS)[: rng.integers(1, 5)].tolist()
 
 
 # ------------------------------------------------------------------------------------------- the model and its tokens

@@ -42,10 +42,9 @@ def answer(request: dict) -> dict:
         advice = advise(request["messages"][-1]["content"])
     except ValueError:
         advice = []
+    if not advice and "response_format" in request:
+        advice = [(0, ())]
     text = format_reply(CRAFTER, advice) if advice else "ready"
-    if "response_format" in request:
-        items = [{"name": CRAFTER.sub_goals[i], "because": list(reasons)} for i, reasons in advice]
-        text = json.dumps({"sub_goals": items or [{"name": "sleep", "because": []}]})
     characters = sum(len(message["content"]) for message in request["messages"])
     usage = {"prompt_tokens": characters // 4, "completion_tokens": len(text) // 4}
     message = {"role": "assistant", "content": text}

@@ -54,6 +54,8 @@ class Game:
     names"""
     believers: Mapping[str, Callable[[dict[str, bool], Heard], Advice]] = field(default_factory=dict)
     """offline guides that know another game, by the value of --rules-knowledge"""
+    destinations: Mapping[str, str] = field(default_factory=dict)
+    """fact that holds where a sub-goal is reached -> the one with which to set out: "iron in view" -> "iron known" """
     acts: Mapping[str, str] = field(default_factory=dict)
     """which action a sub-goal is, where it is a single one that has another name"""
     sub_goal_aliases: Mapping[str, str] = field(default_factory=dict)
@@ -142,36 +144,38 @@ class Game:
     def sub_goals_in_text(self, text: str) -> list[int]:
         """Finds basic sub-goals that a free text names literally, in order of appearance, each once.
 
-        Those in the name of a fact ("unlocked make stone pickaxe") that something takes are not named.
+        What is said of something else ("To mine iron takes unlocked make stone pickaxe.") names nothing.
         """
-        lowered = re.sub(r"\btakes [^.]*", "takes", text.lower())
-        found = [
-            (match.start(), i)
-            for i, name in enumerate(self.basic_sub_goals)
-            if (match := re.search(rf"\b{re.escape(name)}\b", lowered))
-        ]
-        return [i for _, i in sorted(found)]
+        lowered = re.sub(r"(\bto [^.]*)?\btakes [^.]*", "", text.lower())
+        return list(dict.fromkeys(self.sub_goal_numbers[name] for name in self._any_basic.findall(lowered)))
+
+    @functools.cached_property
+    def _any_basic(self) -> re.Pattern[str]:
+        """Finds the names of basic sub-goals, the longest that fits."""
+        names = sorted(self.basic_sub_goals, key=len, reverse=True)
+        return re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\b")
 
     def heard_in_text(self, text: str) -> dict[int, tuple[str, ...]]:
         """Finds the sub-goals that an analysis names, as `sub_goals_in_text`, and the facts that each is said to take.
 
-        "Mine iron takes iron in view." says it, and after naming it "It takes iron in view.", as `experience_text`.
+        "To mine iron takes iron in view." says it, and after naming it "It takes iron in view.", as `experience_text`.
+        What must be near is a place to go to (`destinations`): who waits until it is near never goes.
         """
         heard: dict[int, tuple[str, ...]] = dict.fromkeys(self.sub_goals_in_text(text), ())
         named = None  # last
         for sentence in text.lower().split("."):
             subject, takes, listed = sentence.partition("takes ")
-            names = [(subject.rfind(self.sub_goals[i]), i) for i in self.sub_goals_in_text(subject)]
-            named = max(names)[1] if names else named
+            named = (self.sub_goals_in_text(subject) or [named])[-1]
             if takes and named is not None:
                 facts = [self.read_fact(name) for name in listed.split(",")]
-                heard[named] = tuple(("" if fact[1] else "not ") + self.facts[fact[0]] for fact in facts if fact)
+                texts = [("" if fact[1] else "not ") + self.facts[fact[0]] for fact in facts if fact]
+                heard[named] = tuple(dict.fromkeys(self.destinations.get(text, text) for text in texts))
         return heard
 
     @staticmethod
-    def experience_text(facts: Iterable[str]) -> str:
-        """Returns a sentence that says what the sub-goal named last takes, in facts."""
-        return f"It takes {', '.join(facts)}."
+    def experience_text(facts: Iterable[str], sub_goal: str | None = None) -> str:
+        """Returns a sentence that says what a sub-goal, or the one named last, takes, in facts."""
+        return f"{f'To {sub_goal}' if sub_goal else 'It'} takes {', '.join(facts)}."
 
     def sub_goals_text(self, indices: Iterable[int]) -> str:
         """Returns the names in the given order, "none" if empty."""

@@ -172,7 +172,20 @@ def test_experience_says_what_it_takes_in_words_that_are_read_back():
         setattr(found.arrays, name, value)
     (_, text), *_ = found.examples("experience", 1, lambda obs, facts: "prompt")
     assert text.startswith(ra.suggestion(["mine iron"]) + " ")
-    assert CRAFTER.heard_in_text(text) == {GOAL["mine iron"]: names}
+    assert CRAFTER.heard_in_text(text) == {GOAL["mine iron"]: ("iron known", names[1])}  # as a place to go to
+
+
+def test_experience_says_what_others_take_too(monkeypatch):
+    found = Found(CRAFTER, 2)
+    paying(found)
+    found.arrays.held[:] = False
+    takes = {"mine iron": ["iron in view"], "sleep": ["dark"], "mine coal": ["coal in view"], "drink water": []}
+    monkeypatch.setattr(found, "takes", lambda goal: takes.get(CRAFTER.sub_goals[goal], []))
+    (_, text), *_ = found.examples("experience", 1, lambda obs, facts: "prompt")
+    heard = {CRAFTER.sub_goals[i]: list(takes) for i, takes in CRAFTER.heard_in_text(text).items()}
+    assert heard == {"mine iron": ["iron known"], "sleep": ["dark"], "mine coal": ["coal known"]}
+    assert CRAFTER.sub_goals_in_text(text) == [GOAL["mine iron"]]  # one is suggested
+    assert found.examples("experience", 1, lambda obs, facts: "prompt")[0][1] == text
 
 
 def test_agreement():

@@ -37,7 +37,6 @@ from llm_client import (
     make_guide,
     parse_reply,
     read_reply,
-    reply_form,
     system_prompt,
 )
 from utils.cli import check_ranges
@@ -104,9 +103,18 @@ def test_the_system_prompt_lists_every_name_and_has_nothing_to_copy():
     filled = form.replace("SUB-GOAL", "chop tree").replace("not FACT", "not wood >= 4").replace("FACT", "tree in view")
     assert parsed(filled) == parsed('{"sub_goals": {"chop tree": ["tree in view", "not wood >= 4"]}}')
     assert not re.search(r"\s", form.replace("not ", "")) and not is_usable(CRAFTER, form)  # a copy is no advice
-    note = reply_form(CRAFTER).note
     for name in CRAFTER.sub_goals + CRAFTER.facts:
-        assert f'"{name}"' not in prompt + note
+        assert f'"{name}"' not in prompt
+
+
+def test_what_an_analysis_names_stands_at_the_end_in_the_form_of_the_reply():
+    """A small model begins with it in 15 of 20 replies; where it is only said in words, in 1 to 5."""
+    analysis = "The most urgent sub-goals now are mine iron and sleep. Mine iron takes iron in view, wood >= 2."
+    last = build_messages(CRAFTER, "x", (), analysis)[1]["content"].splitlines()[-1]
+    items = json.loads(last[last.index("{") :])["sub_goals"]
+    assert items[0] == {"name": "mine iron", "because": ["iron known", "wood >= 2"]}  # to go to
+    assert items[1] == {"name": "sleep", "because": ["FACT", "not FACT"]}
+    assert build_messages(CRAFTER, "x", (), "It is dark.")[1]["content"].endswith("Analysis: It is dark.")
 
 
 def test_the_system_prompt_says_what_the_last_lines_of_a_question_are():

@@ -32,7 +32,6 @@ from llm_client import (
     build_messages,
     follows_schema,
     is_usable,
-    reply_form,
     system_prompt,
 )
 from utils import llm_http
@@ -316,7 +315,7 @@ def test_the_check_sends_what_training_sends(server, game, mode):
     client.check()
     first, last = said_by(server)
     assert ("response_format" in server.last) == (mode != "text")
-    assert first == {"role": "system", "content": system_prompt(game) + reply_form(game).note * (mode != "text")}
+    assert first == {"role": "system", "content": system_prompt(game)}
     assert last["role"] == "user" and "\nPrevious sub-goals: " in last["content"] and "\nAnalysis: " in last["content"]
     questions = batch(1, game=game, caption=CRAFTER_CAPTION if game is CRAFTER else CAPTION)
     assert len(last["content"]) > len(questions[0].messages[1]["content"])
@@ -359,13 +358,13 @@ def test_the_schema_is_closed_and_the_prompt_in_front_is_always_the_same(server)
     item = form["schema"]["properties"]["sub_goals"]["items"]
     assert item["required"] == list(item["properties"]) and not item["additionalProperties"]
     assert set(item["properties"]["name"]["enum"]) == set(TOY.sub_goals)
-    assert request["messages"][0]["content"] == system_prompt(TOY) + reply_form(TOY).note
+    assert request["messages"][0]["content"] == system_prompt(TOY)
     assert request["messages"][1:] == batch(1)[0].messages[1:]
 
 
 @pytest.mark.parametrize("game", [TOY, CRAFTER], ids=lambda game: game.name)
-def test_the_note_shows_what_the_schema_wants(game):
-    form = reply_form(game).note.splitlines()[-1]
+def test_the_prompt_shows_what_the_schema_wants(game):
+    form = next(line for line in system_prompt(game).splitlines() if line.startswith("{"))
     assert not follows_schema(game, form)  # placeholders: a copy is no reply
     form = form.replace("SUB-GOAL", game.sub_goals[0]).replace("FACT", game.facts[0])
     assert follows_schema(game, form.replace(f',"not {game.facts[0]}"', ""))

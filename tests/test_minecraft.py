@@ -76,10 +76,21 @@ def test_it_believes_what_an_analysis_says_that_something_takes():
 
 
 def test_what_must_be_near_is_where_to_go_and_a_rule_is_stated_before_it_holds():
-    takes = ("furnace in reach", "table in reach", "iron >= 1", "iron in view", "zombie in view")
-    rule = ("furnace known", "crafting table known", "iron >= 1", "iron known", "zombie in view")
+    takes = "furnace in reach, table in reach, iron >= 1, iron in view, iron known, zombie in view"
+    heard = CRAFTER.heard_in_text(f"Make iron pickaxe takes {takes}.")[GOAL["make iron pickaxe"]]
+    assert heard == ("furnace known", "crafting table known", "iron >= 1", "iron known", "zombie in view")
     first = "not unlocked make iron pickaxe"
-    assert advised([], {"make iron pickaxe": takes}) == advised([]) | {"make iron pickaxe": (first, *rule)}
+    assert advised([], {"make iron pickaxe": heard}) == advised([]) | {"make iron pickaxe": (first, *heard)}
+
+
+def test_what_is_said_of_other_sub_goals_is_believed_but_does_not_come_first():
+    text = ra.suggestion(["mine coal"]) + " It takes coal in view. To place furnace takes stone >= 1."
+    assert [CRAFTER.sub_goals[i] for i in CRAFTER.sub_goals_in_text(text)] == ["mine coal"]
+    heard = {CRAFTER.sub_goals[i]: takes for i, takes in CRAFTER.heard_in_text(text).items()}
+    assert heard == {"mine coal": ("coal known",), "place furnace": ("stone >= 1",)}
+    advice = advised(["dark", "coal in view", "unlocked make wood pickaxe"], heard)
+    assert [*advice][:3] == ["mine coal", "sleep", "place furnace"]  # the last where the guide itself would put it
+    assert advice["place furnace"] == ("not unlocked place furnace", "stone >= 1")
 
 
 def test_what_is_done_is_not_done_again():
@@ -125,12 +136,12 @@ def test_a_game_without_such_rules_is_one_line():
 def test_what_an_analysis_says_is_read_in_any_order_and_only_where_it_is_named():
     text = "To mine coal takes coal in view, unlocked make wood pickaxe. " + ra.suggestion(["mine coal", "sleep"])
     assert CRAFTER.heard_in_text(text) == {
-        GOAL["mine coal"]: ("coal in view", "unlocked make wood pickaxe"), GOAL["sleep"]: ()
+        GOAL["mine coal"]: ("coal known", "unlocked make wood pickaxe"), GOAL["sleep"]: ()
     }  # fmt: skip
     after = ra.suggestion(["mine coal"]) + " It takes coal in view, not dark."
-    assert CRAFTER.heard_in_text(after) == {GOAL["mine coal"]: ("coal in view", "not dark")}
+    assert CRAFTER.heard_in_text(after) == {GOAL["mine coal"]: ("coal known", "not dark")}
     twice = "Mine iron went badly. " + ra.suggestion(["sleep", "mine iron"]) + " It takes iron in view."
-    assert CRAFTER.heard_in_text(twice) == {GOAL["mine iron"]: ("iron in view",), GOAL["sleep"]: ()}
+    assert CRAFTER.heard_in_text(twice) == {GOAL["mine iron"]: ("iron known",), GOAL["sleep"]: ()}
     odd = "to SLEEP takes not energy full, nonsense, "
     assert CRAFTER.heard_in_text(odd) == {GOAL["sleep"]: ("not energy full",)}
     assert CRAFTER.heard_in_text("It takes courage.") == {}

@@ -125,7 +125,6 @@ class Form:
     """The form that replies are asked for in, where the server takes a JSON schema."""
 
     response_format: dict[str, Any]
-    note: str  # says the same in words, behind the first message
     follows: Callable[[str], bool]  # is a text in this form? If not, the server ignored it
 
 
@@ -304,9 +303,8 @@ class Chat:
     async def _send(self, client: Any, messages: Messages, limit_name: str, schema: bool) -> bytes:
         """Returns the body of the answer to one request. Reads it in pieces, so that its size and time are bounded."""
         request = {"messages": messages, "temperature": 1.0, limit_name: MAX_TOKENS}
-        if schema:  # the note after the first message, which is the same in all requests, as servers cache by prefix
-            first = messages[0] | {"content": messages[0]["content"] + self.form.note}
-            request |= {"messages": [first, *messages[1:]], "response_format": self.form.response_format}
+        if schema:
+            request["response_format"] = self.form.response_format
         body = bytearray()
         create = client.chat.completions.with_streaming_response.create
         # As extra_body, because the SDK takes a millisecond to look through what it is given as arguments.

@@ -32,11 +32,13 @@ def read_reply(game: Game, text: str) -> tuple[tuple[tuple[int, Literals], ...],
     text = answer_of(text[:MAX_REPLY])
     fields = _find_object(text)
     if fields is not None:
-        found, dropped = _read_sub_goals(game, fields["subgoals"], fields.get("because"))
+        found, dropped, contradictory = _read_sub_goals(game, fields["subgoals"], fields.get("because"))
     else:  # a list, or JSON that was cut off or is not quite JSON: what follows "because" are facts, not sub-goals
-        found, dropped = _read_sub_goals(game, re.split(r"[\"']?because[\"']?\s*:", text, maxsplit=1)[0])
+        text_of_goals = re.split(r"[\"']?because[\"']?\s*:", text, maxsplit=1)[0]
+        found, dropped, contradictory = _read_sub_goals(game, text_of_goals)
     if not found:
-        raise ValueError(f"no known sub-goal in the reply {clean(text, 80)!r}")
+        why = "reasons that contradict each other" if contradictory else "no known sub-goal"
+        raise ValueError(f"{why} in the reply {clean(text, 80)!r}")
     return tuple(found.items()), dropped
 
 
@@ -74,16 +76,17 @@ def _find_object(text: str) -> dict[str, Any] | None:
     return None
 
 
-def _read_sub_goals(game: Game, value: Any, common: Any = None) -> tuple[dict[int, Literals], int]:
-    """Returns at most MAX_SUB_GOALS sub-goals, each once, with their reasons; and how many reasons are no facts.
+def _read_sub_goals(game: Game, value: Any, common: Any = None) -> tuple[dict[int, Literals], int, bool]:
+    """Reads at most MAX_SUB_GOALS sub-goals, each once, with their reasons.
 
-    Drops what is no sub-goal, and what is advised for reasons that contradict each other.
+    Drops what is no sub-goal, and what is advised for reasons that contradict each other. Returns the rest, how many
+    reasons are no facts, and whether any contradict each other.
 
     Takes {name: reasons}, a (list of) strings, or a list of {"name": ..., "because": ...}; `common` are the reasons of
     those that come without their own.
     """
     found: dict[int, Literals] = {}
-    dropped = 0
+    dropped, contradictory = 0, False
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, dict):
             fields = {re.sub("[^a-z]", "", str(key).lower()): field for key, field in item.items()}
@@ -97,9 +100,10 @@ def _read_sub_goals(game: Game, value: Any, common: Any = None) -> tuple[dict[in
                 if index is not None and index not in found and len(found) < MAX_SUB_GOALS:
                     literals, unknown = _read_because(game, reasons)
                     dropped += unknown
+                    contradictory |= literals is None
                     if literals is not None:
                         found[index] = literals
-    return found, dropped
+    return found, dropped, contradictory
 
 
 def _read_because(game: Game, value: Any) -> tuple[Literals | None, int]:

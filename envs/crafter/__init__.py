@@ -34,6 +34,7 @@ CRAFTER = Game(
     needs=rules.NEEDS,
     kinds=vocabulary.KINDS,
     things=rules.THINGS,
+    destinations=vocabulary.DESTINATIONS,
     acts={"place crafting table": "place table"},
     advise=rules.advise,
     believers={"minecraft": minecraft.advise},

@@ -5,14 +5,12 @@ table four of what it calls planks, a furnace eight stones, iron tools two or th
 sleeping is for the night and harms nobody. It is never told better, except by the adapter's analysis.
 """
 
-import re
 from collections.abc import Mapping
 
 from envs.crafter.rules import THINGS
 from envs.crafter.vocabulary import BASIC_SUB_GOALS, FACTS, SUB_GOALS
 from envs.game import Advice, Heard, holds
 
-PLACES = {"table": "crafting table", "furnace": "furnace"}  # by the names that "in reach" goes with
 # (sub-goal, when it is believed to be wise), the most urgent first. Amounts as far as there are facts for them.
 BELIEFS = (
     ("attack zombie", ("zombie near",)),
@@ -43,28 +41,22 @@ def advise(truths: dict[str, bool], named: Heard) -> Advice:
 
     Args:
         truths: the truth of every fact
-        named: basic sub-goals that the adapter's analysis names: they are put first, unless they are done. What it says
-            that one takes is believed for this reply.
+        named: basic sub-goals that the adapter's analysis names or says what they take, which is believed for this
+            reply; the first one is put first. What is done already is not advised.
     """
-    beliefs, advice = dict(BELIEFS), {}
+    beliefs, told = dict(BELIEFS), {}
     for sub_goal, takes in ((BASIC_SUB_GOALS[i], takes) for i, takes in named.items()):
         wanted = [reason for reason in beliefs.get(sub_goal, ()) if reason.startswith("not ")]
-        if takes:  # until when it is wanted stays believed; advice is a rule, also where it does not hold yet
-            beliefs[sub_goal] = (*dict.fromkeys((*wanted, *map(destination, takes))),)
-        reasons = beliefs[sub_goal] if takes else reasons_for(sub_goal, truths, beliefs)
+        reasons = tuple(dict.fromkeys((*wanted, *takes))) if takes else reasons_for(sub_goal, truths, beliefs)
         if reasons and holds(truths, wanted):  # advice without reasons would rest on what the game demands
-            advice[sub_goal] = reasons
-    for sub_goal, reasons in beliefs.items():
-        if holds(truths, reasons):
+            told[sub_goal] = reasons  # advice is a rule, also where it does not hold yet
+        if takes:
+            beliefs[sub_goal] = reasons
+    advice = dict(list(told.items())[:1])
+    for sub_goal, reasons in (beliefs | told).items():
+        if sub_goal in told or holds(truths, reasons):
             advice.setdefault(sub_goal, reasons)
     return [(SUB_GOALS.index(sub_goal), reasons) for sub_goal, reasons in advice.items()]
-
-
-def destination(fact: str) -> str:
-    """Returns what must be so before somebody sets out: a thing that is to be near, or seen, is one to go to."""
-    near = re.sub(r"^(table|furnace) in reach$", lambda found: f"{PLACES[found[1]]} known", fact)
-    known = re.sub(r" in view$", " known", near)
-    return known if known in FACTS else near
 
 
 def reasons_for(

@@ -76,6 +76,10 @@ _REST = (
     "one stone from shelter", "enclosed", "plant ripening", "plant ripe by now",
 )  # fmt: skip
 FACTS = _UNLOCKED + _AMOUNTS + _LOW + _VIEW + _KNOWN + _REST
+# What is near once somebody is there -> what is enough to set out for it
+DESTINATIONS = {"table in reach": "crafting table known", "furnace in reach": "furnace known"} | {
+    f"{kind} in view": f"{kind} known" for kind in KNOWN if kind in SIGHTS
+}
 
 # Other words for the same sub-goal, as language models like to put them. Keys are in normal form (`Game.normalise`).
 SUB_GOAL_ALIASES = {

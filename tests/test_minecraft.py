@@ -88,7 +88,7 @@ def test_what_is_said_of_other_sub_goals_is_believed_but_does_not_come_first():
     assert [CRAFTER.sub_goals[i] for i in CRAFTER.sub_goals_in_text(text)] == ["mine coal"]
     heard = {CRAFTER.sub_goals[i]: takes for i, takes in CRAFTER.heard_in_text(text).items()}
     assert heard == {"mine coal": ("coal known",), "place furnace": ("stone >= 1",)}
-    advice = advised(["dark", "coal in view", "unlocked make wood pickaxe"], heard)
+    advice = advised(["dark", "coal known", "unlocked make wood pickaxe"], heard)
     assert [*advice][:3] == ["mine coal", "sleep", "place furnace"]  # the last where the guide itself would put it
     assert advice["place furnace"] == ("not unlocked place furnace", "stone >= 1")
 

@@ -42,7 +42,7 @@ def advise(truths: dict[str, bool], named: Heard) -> Advice:
     Args:
         truths: the truth of every fact
         named: basic sub-goals that the adapter's analysis names or says what they take, which is believed for this
-            reply; the first one is put first. What is done already is not advised.
+            reply; the first one is put first, where its reasons hold. What is done already is not advised.
     """
     beliefs, told = dict(BELIEFS), {}
     for sub_goal, takes in ((BASIC_SUB_GOALS[i], takes) for i, takes in named.items()):
@@ -52,7 +52,7 @@ def advise(truths: dict[str, bool], named: Heard) -> Advice:
             told[sub_goal] = reasons  # advice is a rule, also where it does not hold yet
         if takes:
             beliefs[sub_goal] = reasons
-    advice = dict(list(told.items())[:1])
+    advice = {sub_goal: reasons for sub_goal, reasons in list(told.items())[:1] if holds(truths, reasons)}
     for sub_goal, reasons in (beliefs | told).items():
         if sub_goal in told or holds(truths, reasons):
             advice.setdefault(sub_goal, reasons)

@@ -422,7 +422,7 @@ def measure(adapter: Adapter, seed: int, num: int = 256) -> tuple[dict[str, floa
 
 
 def main(
-    out: Path = ROOT / "assets" / "adapter-tiny", steps: int = 2000, seed: int = 0, captions: int = 10_000,
+    out: Path = ROOT / "assets" / "adapter-tiny", steps: int = 3000, seed: int = 0, captions: int = 10_000,
     measure_only: Path | None = None, samples: int = 0,
 ) -> None:  # fmt: skip
     """Train and measure the tiny adapter.

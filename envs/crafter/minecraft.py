@@ -34,6 +34,8 @@ BELIEFS = (
     ("place plant", ("sapling >= 1",)),
     ("chop grass", ("not sapling >= 1",)),
 )
+# What of that says why and when something is wanted; the rest says what it is believed to take.
+WHY = ("food low", "dark")
 
 
 def advise(truths: dict[str, bool], named: Heard) -> Advice:
@@ -42,13 +44,15 @@ def advise(truths: dict[str, bool], named: Heard) -> Advice:
     Args:
         truths: the truth of every fact
         named: basic sub-goals that the adapter's analysis names or says what they take, which is believed for this
-            reply; the first one is put first, where its reasons hold. What is done already is not advised.
+            reply, beside why it is wanted; the first one is put first, where its reasons hold. What is done already is
+            not advised.
     """
     beliefs, told = dict(BELIEFS), {}
     for sub_goal, takes in ((BASIC_SUB_GOALS[i], takes) for i, takes in named.items()):
-        wanted = [reason for reason in beliefs.get(sub_goal, ()) if reason.startswith("not ")]
-        reasons = tuple(dict.fromkeys((*wanted, *takes))) if takes else reasons_for(sub_goal, truths, beliefs)
-        if reasons and holds(truths, wanted):  # advice without reasons would rest on what the game demands
+        why = [reason for reason in beliefs.get(sub_goal, ()) if reason.startswith("not ") or reason in WHY]
+        until = [reason for reason in why if reason.startswith("not ")]
+        reasons = tuple(dict.fromkeys((*why, *takes))) if takes else reasons_for(sub_goal, truths, beliefs)
+        if reasons and holds(truths, until):  # advice without reasons would rest on what the game demands
             told[sub_goal] = reasons  # advice is a rule, also where it does not hold yet
         if takes:
             beliefs[sub_goal] = reasons

@@ -5,9 +5,9 @@
             found.agreement(...)               how often what an adapter names was reached, and paid
 
 *Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached and was paid for soon after,
-where that paid more than is usual in such a situation: what is often reached needs no advice. *Experience*: the facts
-that were true whenever a sub-goal was reached. Both are made of what a player can see, of its rewards, and of nothing
-that the game's rules say. No LLM is asked.
+where that paid more than is usual in such a situation: what is often reached needs no advice. *Experience*: what
+was so whenever a sub-goal was reached and paid for. Both are made of what a player can see, of its rewards, and of
+nothing that the game's rules say. No LLM is asked.
 
 M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of an observation.
 """
@@ -27,7 +27,8 @@ MAX_REMEMBERED = 4096  # situations, the latest
 HELD_OUT = 64  # of the latest phase's situations: these only measure
 RIDGE = 10.0  # strength of the prior of `usual`: as many situations in which nothing was earned
 MIN_TIMES = 5  # a sub-goal was reached so often before anything is said of what it takes
-ALWAYS, OFTEN = 0.99, 0.8  # share of these times from which a fact counts as needed, unless it is so often true anyway
+ALWAYS, OFTEN = 0.99, 0.8  # share of these times from which a fact counts as needed, unless it is so so often anyway
+PAYS = 0.5  # reward of a step from which what was reached in it was paid for: an achievement brings 1
 OTHERS = 2  # sub-goals of which experience says what they take, beside the one that it suggests
 MAX_FACTS = 5  # that a sentence says of what a sub-goal takes, the rarest ones
 
@@ -40,9 +41,9 @@ def look_ahead(history: dict[str, np.ndarray], steps: np.ndarray, envs: np.ndarr
         steps, envs: (M,) which situations
     Returns:
         returns (M,); when (M, G), after how many steps each sub-goal was reached first, HORIZON for never; paid (M, G),
-        was it reached in a step with a reward above 0 (what was done before in this life seldom is); known (M,),
-        False where the phase ends within HORIZON steps, also if the episode ends before that: of situations so late
-        only those that end badly would be known
+        was it reached in a step that PAYS (what was done before in this life does not); known (M,), False where the
+        phase ends within HORIZON steps, also if the episode ends before that: of situations so late only those that end
+        badly would be known
     """
     num_steps, num_goals = len(history["done"]), history["reached"].shape[-1]
     returns, alive = np.zeros(len(steps)), np.ones(len(steps), bool)
@@ -54,7 +55,7 @@ def look_ahead(history: dict[str, np.ndarray], steps: np.ndarray, envs: np.ndarr
         reached = history["reached"][at] & alive[:, None]
         returns += history["reward"][at] * alive
         when = np.where(reached & (when == HORIZON), ahead, when)
-        paid |= reached & (history["reward"][at] > 0)[:, None]
+        paid |= reached & (history["reward"][at] > PAYS)[:, None]
         alive = alive & ~history["done"][at]
     return {"returns": returns, "when": when, "paid": paid, "known": known}
 
@@ -79,7 +80,7 @@ class Found:
             paid=np.zeros((MAX_REMEMBERED, goals), bool),
             returns=np.zeros(MAX_REMEMBERED),
             held=np.zeros(MAX_REMEMBERED, bool),  # measures only, until there is a later phase
-            times=np.zeros(goals),  # how often each sub-goal was reached
+            times=np.zeros(goals),  # how often each sub-goal was reached and paid for
             true_then=np.zeros((goals, num_facts)),  # how often each fact was true then
             together=np.zeros((num_facts, num_facts)),  # in how many of all steps were both facts true
             steps=np.zeros(()),
@@ -121,21 +122,33 @@ class Found:
         return returns - usual(facts, returns) if most else returns
 
     def takes(self, goal: int) -> list[str]:
-        """Returns the facts that were true whenever a sub-goal was reached, and are not so anyway; [] if unknown.
+        """Returns what was so whenever a sub-goal was reached and paid for, and is not so anyway; [] if unknown.
 
-        At most MAX_FACTS, the rarest ones, and none that another of them implies: "wood >= 2" and not "wood >= 1".
+        Facts, "not " before those that were false. At most MAX_FACTS, the rarest ones, and none that another of them
+        implies: "wood >= 2" and not "wood >= 1".
         """
         arrays = self.arrays
-        if arrays.times[goal] < MIN_TIMES:
+        times, then, together = arrays.times[goal], arrays.true_then[goal], arrays.together
+        if times < MIN_TIMES:
             return []
-        true = arrays.together.diagonal()
-        usually = true / max(float(arrays.steps), 1.0)
-        always = (arrays.true_then[goal] >= ALWAYS * arrays.times[goal]) & (usually < OFTEN)
-        found: list[int] = []
-        for i in sorted(np.flatnonzero(always).tolist(), key=lambda i: (true[i], i)):
-            if not any(arrays.together[i, other] >= ALWAYS * true[other] for other in found):
-                found.append(i)
-        return [self.game.facts[i] for i in found[:MAX_FACTS]]
+        true, steps = together.diagonal(), max(float(arrays.steps), 1.0)
+
+        def count(*literals: tuple[int, bool]) -> float:
+            """In how many steps was it so? One or two facts, each true or false."""
+            (i, so), (j, also) = literals[0], literals[-1]
+            both, first, second = together[i, j], true[i], true[j]
+            if so:
+                return both if also else first - both
+            return second - both if also else steps - first - second + both
+
+        literals = [(i, True) for i in np.flatnonzero(then >= ALWAYS * times).tolist()]
+        literals += [(i, False) for i in np.flatnonzero(then <= (1 - ALWAYS) * times).tolist()]
+        found: list[tuple[int, bool]] = []
+        for literal in sorted(literals, key=lambda literal: (count(literal), literal)):
+            implied = any(count(other, literal) >= ALWAYS * count(other) for other in found)
+            if count(literal) < OFTEN * steps and not implied:
+                found.append(literal)
+        return [("" if so else "not ") + self.game.facts[i] for i, so in found[:MAX_FACTS]]
 
     def examples(
         self, source: str, most: int, prompt_of: Callable[[np.ndarray, np.ndarray], str]

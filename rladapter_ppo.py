@@ -46,6 +46,7 @@ from envs.game import Game
 from envs.nearest import NUM_FEATURES, pointed
 from envs.scores import Tally, episode_metrics
 from guidance import HostTable, TableArgs
+from hindsight import PAYS
 from llm_client import LlmArgs, NoGuide, make_guide
 from rladapter_adapter import NoAdapter, SftArgs, make_adapter, write_analyses
 from utils import devices, runs
@@ -632,7 +633,8 @@ def look_back(
         return {}, {}
     seen = transitions.reached, transitions.facts
     reached, facts = (x.reshape(args.batch_size, -1).astype(jnp.float32) for x in seen)
-    sums = {"times": reached.sum(0), "true_then": reached.T @ facts, "together": facts.T @ facts}
+    paid = reached * (transitions.env_reward.reshape(-1, 1) > PAYS)
+    sums = {"times": paid.sum(0), "true_then": paid.T @ facts, "together": facts.T @ facts}
     sums["steps"] = jnp.float32(args.batch_size)
     packed = jnp.packbits(transitions.reached, axis=-1)
     steps = {"reward": transitions.env_reward, "done": transitions.done, "reached": packed}

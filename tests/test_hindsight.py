@@ -38,7 +38,7 @@ def test_look_ahead_against_a_loop():
             total += history["reward"][step + ahead, env]
             for goal in np.flatnonzero(history["reached"][step + ahead, env]):
                 when[goal] = min(when[goal], ahead)
-                paid[goal] |= history["reward"][step + ahead, env] > 0
+                paid[goal] |= history["reward"][step + ahead, env] > hindsight.PAYS
             known |= ahead == HORIZON - 1
             if history["done"][step + ahead, env]:
                 break
@@ -114,6 +114,21 @@ def test_what_a_sub_goal_takes_is_what_was_always_so_and_is_not_so_anyway():
     add(found, phase_of(), np.zeros((6, len(FACTS))), sums)
     assert found.takes(GOAL["mine iron"]) == ["iron in view", "unlocked make stone pickaxe"]
     assert found.takes(GOAL["mine coal"]) == []  # never reached
+
+
+def test_what_must_not_be_so_is_found_out_too():
+    """Mined for the first time: not unlocked before, nor what follows from it, which need not be said."""
+    found = Found(CRAFTER, 2)
+    mined, made, seen = "unlocked collect iron", "unlocked make iron pickaxe", "iron in view"
+    sums = counts([seen], [(seen, 90), (mined, 500), (made, 300)])
+    for one, other, count in ((mined, made, 300), (seen, mined, 45), (seen, made, 20)):
+        sums["together"][FACT[one], FACT[other]] = sums["together"][FACT[other], FACT[one]] = count
+    add(found, phase_of(), np.zeros((6, len(FACTS))), sums)
+    assert found.takes(GOAL["mine iron"]) == [seen, f"not {mined}"]
+    sums["true_then"][GOAL["mine iron"], FACT[mined]] = 40  # mined again every second time
+    found = Found(CRAFTER, 2)
+    add(found, phase_of(), np.zeros((6, len(FACTS))), sums | {"times": 2 * sums["times"]})
+    assert f"not {mined}" not in found.takes(GOAL["mine iron"])
 
 
 def test_too_few_times_say_nothing():
@@ -256,13 +271,15 @@ def test_what_a_rollout_shows():
     steps, envs, goals, facts = 4, 3, 11, 6
     reached, true = rng.random((steps, envs, goals)) < 0.4, rng.random((steps, envs, facts)) < 0.5
     fields = dict.fromkeys((field.name for field in dataclasses.fields(rl.Transition)), None)
-    seen = {"reached": jnp.asarray(reached), "facts": jnp.asarray(true), "env_reward": jnp.ones((steps, envs))}
+    reward = rng.random((steps, envs))
+    seen = {"reached": jnp.asarray(reached), "facts": jnp.asarray(true), "env_reward": jnp.asarray(reward)}
     transitions = rl.Transition(**fields | seen | {"done": jnp.zeros((steps, envs), bool)})
     args = rl.Args(num_envs=envs, num_steps=steps)
     assert rl.look_back(dataclasses.replace(args, guidance="none"), transitions, jnp.arange(2)) == ({}, {})
     sums, history = rl.look_back(args, transitions, jnp.arange(2))
     np.testing.assert_array_equal(np.unpackbits(history["reached"], axis=-1, count=goals).astype(bool), reached)
-    np.testing.assert_allclose(sums["times"], reached.sum((0, 1)))
-    np.testing.assert_allclose(sums["true_then"], np.einsum("tng,tnp->gp", reached.astype(float), true))
+    paid = (reached & (reward > hindsight.PAYS)[..., None]).astype(float)
+    np.testing.assert_allclose(sums["times"], paid.sum((0, 1)))
+    np.testing.assert_allclose(sums["true_then"], np.einsum("tng,tnp->gp", paid, true))
     np.testing.assert_allclose(sums["together"], np.einsum("tnp,tnq->pq", true.astype(float), true))
     assert sums["steps"] == steps * envs

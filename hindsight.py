@@ -82,6 +82,8 @@ class Found:
             held=np.zeros(MAX_REMEMBERED, bool),  # measures only, until there is a later phase
             times=np.zeros(goals),  # how often each sub-goal was reached and paid for
             true_then=np.zeros((goals, num_facts)),  # how often each fact was true then
+            followed=np.zeros(goals),  # after how many of these times a step is known that follows
+            brought=np.zeros((goals, num_facts)),  # how often each fact was false then, and true in that step
             together=np.zeros((num_facts, num_facts)),  # in how many of all steps were both facts true
             steps=np.zeros(()),
         )
@@ -90,7 +92,7 @@ class Found:
         """Takes in a phase of U updates, T steps each. Without any history there is nothing to learn for.
 
         Args:
-            sums: times, true_then, together, steps, as above
+            sums: times, true_then, followed, brought, together, steps, as above
             history: reward (U, T, N), done (U, T, N), reached (U, T, N, G / 8) packed bits; chosen (U, M / U), which
                 of the T * N situations of an update were met
             met: these: obs (M, O), facts (M, P)
@@ -124,31 +126,21 @@ class Found:
     def takes(self, goal: int) -> list[str]:
         """Returns what was so whenever a sub-goal was reached and paid for, and is not so anyway; [] if unknown.
 
-        Facts, "not " before those that were false. At most MAX_FACTS, the rarest ones, and none that another of them
-        implies: "wood >= 2" and not "wood >= 1".
+        At most MAX_FACTS facts, the rarest, and none that another of them implies: "wood >= 2" and not "wood >= 1".
+        Last what it brought, "not " before it: "not unlocked collect drink". Who has it already need not set out.
         """
-        arrays = self.arrays
-        times, then, together = arrays.times[goal], arrays.true_then[goal], arrays.together
-        if times < MIN_TIMES:
+        arrays, steps = self.arrays, max(float(self.arrays.steps), 1.0)
+        if arrays.times[goal] < MIN_TIMES:
             return []
-        true, steps = together.diagonal(), max(float(arrays.steps), 1.0)
-
-        def count(*literals: tuple[int, bool]) -> float:
-            """In how many steps was it so? One or two facts, each true or false."""
-            (i, so), (j, also) = literals[0], literals[-1]
-            both, first, second = together[i, j], true[i], true[j]
-            if so:
-                return both if also else first - both
-            return second - both if also else steps - first - second + both
-
-        literals = [(i, True) for i in np.flatnonzero(then >= ALWAYS * times).tolist()]
-        literals += [(i, False) for i in np.flatnonzero(then <= (1 - ALWAYS) * times).tolist()]
-        found: list[tuple[int, bool]] = []
-        for literal in sorted(literals, key=lambda literal: (count(literal), literal)):
-            implied = any(count(other, literal) >= ALWAYS * count(other) for other in found)
-            if count(literal) < OFTEN * steps and not implied:
-                found.append(literal)
-        return [("" if so else "not ") + self.game.facts[i] for i, so in found[:MAX_FACTS]]
+        true = arrays.together.diagonal()
+        always = (arrays.true_then[goal] >= ALWAYS * arrays.times[goal]) & (true < OFTEN * steps)
+        found: list[int] = []
+        for i in sorted(np.flatnonzero(always).tolist(), key=lambda i: (true[i], i)):
+            if not any(arrays.together[i, other] >= ALWAYS * true[other] for other in found):
+                found.append(i)
+        new = (arrays.brought[goal] >= ALWAYS * max(arrays.followed[goal], MIN_TIMES)) & (true > (1 - OFTEN) * steps)
+        brought = [i for i in np.argsort(-true, kind="stable").tolist() if new[i]]
+        return [self.game.facts[i] for i in found[:MAX_FACTS]] + [f"not {self.game.facts[i]}" for i in brought[:1]]
 
     def examples(
         self, source: str, most: int, prompt_of: Callable[[np.ndarray, np.ndarray], str]

@@ -634,8 +634,12 @@ def look_back(
     seen = transitions.reached, transitions.facts
     reached, facts = (x.reshape(args.batch_size, -1).astype(jnp.float32) for x in seen)
     paid = reached * (transitions.env_reward.reshape(-1, 1) > PAYS)
-    sums = {"times": paid.sum(0), "true_then": paid.T @ facts, "together": facts.T @ facts}
-    sums["steps"] = jnp.float32(args.batch_size)
+    followed = paid * ~transitions.done.at[-1].set(True).reshape(-1, 1)  # what follows the last step is not there
+    later = jnp.roll(facts, -args.num_envs, 0)
+    sums = {
+        "times": paid.sum(0), "true_then": paid.T @ facts, "steps": jnp.float32(args.batch_size),
+        "followed": followed.sum(0), "brought": followed.T @ (later * (1 - facts)), "together": facts.T @ facts,
+    }  # fmt: skip
     packed = jnp.packbits(transitions.reached, axis=-1)
     steps = {"reward": transitions.env_reward, "done": transitions.done, "reached": packed}
     return sums, steps | {"chosen": chosen}

@@ -116,19 +116,19 @@ def test_what_a_sub_goal_takes_is_what_was_always_so_and_is_not_so_anyway():
     assert found.takes(GOAL["mine coal"]) == []  # never reached
 
 
-def test_what_must_not_be_so_is_found_out_too():
-    """Mined for the first time: not unlocked before, nor what follows from it, which need not be said."""
+def test_what_it_brings_need_not_be_there_yet():
+    """Mined for the first time it brings iron, and "unlocked": what is lacking more rarely is said."""
+    sums = counts(["iron in view"], [("iron in view", 90), ("unlocked collect iron", 500), ("iron >= 1", 300)])
+    sums |= {"followed": sums["times"] - 2, "brought": np.zeros_like(sums["true_then"])}
+    for name, times in (("unlocked collect iron", 38), ("iron >= 1", 38), ("dark", 5)):
+        sums["brought"][GOAL["mine iron"], FACT[name]] = times
     found = Found(CRAFTER, 2)
-    mined, made, seen = "unlocked collect iron", "unlocked make iron pickaxe", "iron in view"
-    sums = counts([seen], [(seen, 90), (mined, 500), (made, 300)])
-    for one, other, count in ((mined, made, 300), (seen, mined, 45), (seen, made, 20)):
-        sums["together"][FACT[one], FACT[other]] = sums["together"][FACT[other], FACT[one]] = count
     add(found, phase_of(), np.zeros((6, len(FACTS))), sums)
-    assert found.takes(GOAL["mine iron"]) == [seen, f"not {mined}"]
-    sums["true_then"][GOAL["mine iron"], FACT[mined]] = 40  # mined again every second time
+    assert found.takes(GOAL["mine iron"]) == ["iron in view", "not unlocked collect iron"]
+    sums["brought"][GOAL["mine iron"], FACT["unlocked collect iron"]] = 20  # every second time it was there before
     found = Found(CRAFTER, 2)
-    add(found, phase_of(), np.zeros((6, len(FACTS))), sums | {"times": 2 * sums["times"]})
-    assert f"not {mined}" not in found.takes(GOAL["mine iron"])
+    add(found, phase_of(), np.zeros((6, len(FACTS))), sums)
+    assert found.takes(GOAL["mine iron"]) == ["iron in view", "not iron >= 1"]
 
 
 def test_too_few_times_say_nothing():
@@ -273,13 +273,17 @@ def test_what_a_rollout_shows():
     fields = dict.fromkeys((field.name for field in dataclasses.fields(rl.Transition)), None)
     reward = rng.random((steps, envs))
     seen = {"reached": jnp.asarray(reached), "facts": jnp.asarray(true), "env_reward": jnp.asarray(reward)}
-    transitions = rl.Transition(**fields | seen | {"done": jnp.zeros((steps, envs), bool)})
+    done = rng.random((steps, envs)) < 0.3
+    transitions = rl.Transition(**fields | seen | {"done": jnp.asarray(done)})
     args = rl.Args(num_envs=envs, num_steps=steps)
     assert rl.look_back(dataclasses.replace(args, guidance="none"), transitions, jnp.arange(2)) == ({}, {})
     sums, history = rl.look_back(args, transitions, jnp.arange(2))
     np.testing.assert_array_equal(np.unpackbits(history["reached"], axis=-1, count=goals).astype(bool), reached)
     paid = (reached & (reward > hindsight.PAYS)[..., None]).astype(float)
     np.testing.assert_allclose(sums["times"], paid.sum((0, 1)))
+    followed, new = paid[:-1] * ~done[:-1, :, None], true[1:] & ~true[:-1]
+    np.testing.assert_allclose(sums["followed"], followed.sum((0, 1)))
+    np.testing.assert_allclose(sums["brought"], np.einsum("tng,tnp->gp", followed, new))
     np.testing.assert_allclose(sums["true_then"], np.einsum("tng,tnp->gp", paid, true))
     np.testing.assert_allclose(sums["together"], np.einsum("tnp,tnq->pq", true.astype(float), true))
     assert sums["steps"] == steps * envs

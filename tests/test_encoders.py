@@ -24,6 +24,7 @@ def test_advice_that_is_followed_more_has_the_higher_score():
     rows.visits[:4, WITH] = [40, 40, 40, MIN_VISITS - 1]
     rows.successes[:3, WITH] = 0, 20, 40
     rows.reached[:, WITH, GOAL["sleep"]] = rows.successes[:, WITH]
+    rows.actions[:3, WITH, :3] = np.eye(3)
     measured = encoders.measure(CRAFTER, [vars(rows)], HashEmbedding())
     assert measured["cosine"]["correlation_with_success"] == pytest.approx(1)
     scores = [1 / (1 + np.e), 0.5 / (1 + np.e) + 0.5 / (1 + np.exp(-9)), 1 / (1 + np.exp(-9))]

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -433,7 +434,8 @@ class Checkpoints:
 def say_nothing_of_failed_saves() -> None:
     """Keeps the rest of a save or a restore that failed quiet: hundreds of files find nobody any more to report to.
 
-    What they say comes at any time: from a thread that lags behind, or when garbage is collected.
+    What they say comes at any time: from a thread that lags behind, or when garbage is collected. Python 3.11 breaks
+    where that interrupts `ast.parse`, as it parses to print a traceback.
     """
     before = sys.unraisablehook
     if getattr(before, "says_nothing", False):
@@ -446,7 +448,7 @@ def say_nothing_of_failed_saves() -> None:
     hook.says_nothing = True
     sys.unraisablehook = hook
     for name in "asyncio", "absl":
-        logging.getLogger(name).addFilter(lambda record: ".orbax-checkpoint-tmp" not in record.getMessage())
+        logging.getLogger(name).addFilter(lambda record: not re.search("orbax|OCDBT", record.getMessage()))
 
 
 def read_checkpoint(folder: Path, phase: int | None = None) -> tuple[int, dict[str, Any], dict[str, Any]]:

@@ -27,7 +27,7 @@ MAX_REMEMBERED = 4096  # situations, the latest
 HELD_OUT = 64  # of the latest phase's situations: these only measure
 RIDGE = 10.0  # strength of the prior of `usual`: as many situations in which nothing was earned
 MIN_TIMES = 5  # a sub-goal was reached so often before anything is said of what it takes
-ALWAYS, OFTEN = 0.99, 0.8  # share of these times from which a fact counts as needed, unless it is so so often anyway
+ALWAYS, OFTEN = 0.99, 0.8  # share of these times from which a fact counts as needed, unless it is true so often anyway
 PAYS = 0.5  # reward of a step from which what was reached in it was paid for: an achievement brings 1
 OTHERS = 2  # sub-goals of which experience says what they take, beside the one that it suggests
 MAX_FACTS = 5  # that a sentence says of what a sub-goal takes, the rarest ones
@@ -153,7 +153,7 @@ class Found:
             prompt_of: the adapter's prompt for obs (O,) and facts (P,)
         """
         arrays, pairs = self.arrays, {}
-        takes = [self.takes(goal) for goal in range(self.game.num_basic)]
+        takes = [self.takes(goal) for goal in range(self.game.num_basic)] if source == "experience" else []
         for i in self.most_telling()[:most]:
             goal = self.worth_saying(i)
             text = suggestion([self.game.sub_goals[goal]])

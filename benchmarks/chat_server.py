@@ -32,7 +32,7 @@ class Options:
 def advise(text: str) -> list[tuple[int, tuple[str, ...]]]:
     """Returns what the rules advise in the situation that a message describes. Raises ValueError without a caption."""
     truths = truths_of(read_caption(text))
-    named = CRAFTER.sub_goals_in_text(text.partition("\nAnalysis: ")[2])
+    named = CRAFTER.sub_goals_in_text(text.partition("\nAnalysis: ")[2].partition("\n")[0])
     return CRAFTER.advise(truths, named)[:MAX_SUB_GOALS]
 
 

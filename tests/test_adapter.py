@@ -553,11 +553,11 @@ def test_the_shipped_adapter_reads_the_situation():
     texts = adapter.analyse([prompt_of(caption, [0], 0.9) for caption in captions], jax.random.key(0))
     here, elsewhere = tiny.score_texts(captions, texts), tiny.score_texts(captions[128:] + captions[:128], texts)
     for share in ("sub_goals_possible", "facts_right"):  # what it says is about this situation, not any (chance: 0.03)
-        assert here[share] > 0.6 and here[share] > elsewhere[share] + 0.08, (share, here[share], elsewhere[share])
+        assert here[share] > 0.6 and here[share] > elsewhere[share] + 0.1, (share, here[share], elsewhere[share])
     assert here["analyses_naming_any"] > 0.9 and len(set(texts)) > 200
     said = [f.format(last="chopping tree") for f in tiny.UNDERSTOOD["good"]]
     judged = [text for text in texts if not text.startswith("The most urgent")]
-    assert len(judged) > 128 and np.mean([any(text.startswith(start) for start in said) for text in judged]) > 0.6
+    assert len(judged) > 128 and np.mean([any(text.startswith(start) for start in said) for text in judged]) > 0.9
 
 
 def test_the_measures_of_analyses():

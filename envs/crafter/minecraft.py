@@ -54,8 +54,6 @@ def advise(truths: dict[str, bool], named: Heard) -> Advice:
         reasons = tuple(dict.fromkeys((*why, *takes))) if takes else reasons_for(sub_goal, truths, beliefs)
         if reasons and holds(truths, until):  # advice without reasons would rest on what the game demands
             told[sub_goal] = reasons  # advice is a rule, also where it does not hold yet
-        if takes:
-            beliefs[sub_goal] = reasons
     advice = {sub_goal: reasons for sub_goal, reasons in list(told.items())[:1] if holds(truths, reasons)}
     for sub_goal, reasons in (beliefs | told).items():
         if sub_goal in told or holds(truths, reasons):

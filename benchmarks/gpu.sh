@@ -1,25 +1,69 @@
 #!/usr/bin/env bash
-# All that is to be measured on a GPU (or TPU), in one go, in under ten minutes:
+# All that is to be measured on a GPU (or TPU), in one go, in some ten minutes:
 #
 #     bash benchmarks/gpu.sh                     # results into benchmarks/results/gpu/
-#     ENVS="64 128" LONG=20 bash benchmarks/gpu.sh /tmp/check
+#     STEPS="scale long" ENVS="64 128" LONG=20 bash benchmarks/gpu.sh /tmp/check
 #
-# Rates with and without guidance, and memory, for 1,024 to 32,768 envs; then the default run, with many envs, for as
-# long as is left (LONG seconds), stopped by one Ctrl-C: it saves. Every JSON names the device.
+# compile: what is measured next, many processes at a time, into $RLADAPTER_CACHE
+# scale:   rates with and without guidance, and memory, for ENVS envs, each in a process of its own
+# envs:    rates of env and rollout, and Craftax_Baselines' PPO beside ours
+# same:    are two runs the same with XLA's deterministic operations, and without? Prints their last metrics.
+# long:    the default run with LONG_ENVS envs for LONG seconds, stopped by one Ctrl-C: it saves
+# Every JSON names the device.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results/gpu}
-envs=${ENVS:-1024 4096 16384 32768}
+envs=${ENVS:-1024 8192 32768}
 python=${PYTHON:-python}
+temporary=$(mktemp -d)
+trap 'rm -rf "$temporary"' EXIT
+export RLADAPTER_CACHE=${RLADAPTER_CACHE:-$temporary/cache} XLA_PYTHON_CLIENT_PREALLOCATE=false
 mkdir -p "$out"
-# shellcheck disable=SC2086
-$python benchmarks/throughput.py --num-envs $envs --turns 3 --no-baseline --json "$out/throughput.json"
-# shellcheck disable=SC2086
-$python benchmarks/throughput.py --scale $envs --turns 3 --json "$out/scale.json"
-many=${envs##* }
-run=$(mktemp -d)/run
-timeout --signal=INT "${LONG:-240}" $python rladapter_ppo.py --num-envs "$many" --num-minibatches 8 \
-    --total-timesteps 1e9 --no-anneal-lr --run-dir "$run" || true
-cp "$run/config.json" "$out/long_config.json"
-cp "$run/metrics.jsonl" "$out/long_metrics.jsonl"
+env_rates=(benchmarks/throughput.py --num-envs 1024 8192 --no-trainings)
+long_run=(rladapter_ppo.py --num-envs "${LONG_ENVS:-4096}" --num-minibatches 16 --queries-per-phase 64
+    --total-timesteps 1e9 --no-anneal-lr)
+
+compile() {
+    for num_envs in $envs; do
+        for guidance in full none; do
+            $python benchmarks/throughput.py --child --turns 1 --num-envs "$num_envs" --guidance $guidance &
+        done
+    done
+    $python "${env_rates[@]}" --turns 1 >/dev/null &
+    wait
+}
+
+scale() {
+    # shellcheck disable=SC2086
+    $python benchmarks/throughput.py --scale $envs --guidance full none --scale-turns 3 --warm --json "$out/scale.json"
+}
+
+envs() {
+    $python "${env_rates[@]}" --turns 64 --json "$out/throughput.json"
+}
+
+same() {
+    for flags in "" --xla_gpu_deterministic_ops=true; do
+        for turn in 1 2; do
+            XLA_FLAGS=$flags $python rladapter_ppo.py --adapter none --total-timesteps 1e5 --eval-episodes 64 \
+                --run-dir "$temporary/same$flags$turn" >/dev/null &
+        done
+    done
+    wait
+    for run in "$temporary"/same*; do
+        echo "${run##*/same}: $(tail -n 1 "$run/metrics.jsonl" | grep -o '"losses/[a-z_]*": [-0-9.e]*' | tr '\n' ' ')"
+    done | tee "$out/same.txt"
+}
+
+long() {
+    run=$temporary/long
+    timeout --signal=INT "${LONG:-240}" $python "${long_run[@]}" --run-dir "$run" || true
+    cp "$run/config.json" "$out/long_config.json"
+    cp "$run/metrics.jsonl" "$out/long_metrics.jsonl"
+}
+
+for step in ${STEPS:-compile scale envs same long}; do
+    echo "$step: $(date +%T)"
+    $step
+done
 echo "results: $out"

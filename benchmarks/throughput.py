@@ -16,6 +16,7 @@ world for every 16th env at every step, shared by those that end), and ours (`en
 minibatches. With its own number of envs, 1,024, our defaults take turns beside them.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -27,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -50,6 +51,7 @@ from utils.devices import SharedEnv  # noqa: E402
 from utils.llm_http import estimate_tokens  # noqa: E402
 
 ENV_ID = "Craftax-Classic-Symbolic-v1"
+ENVS_OF_MINIBATCH = 2048  # at most: what bounds memory
 SHORTER = 512  # env steps of a turn with craftax's own auto-reset, which is slow
 DEFAULTS = "unguided, our defaults (64 envs)"
 TRAININGS: dict[str, Callable[[rl.Args], rl.Args]] = {
@@ -83,7 +85,13 @@ class Options:
     baseline: bool = True
     """--no-baseline leaves Craftax_Baselines' PPO out"""
     scale: tuple[int, ...] = ()
-    """measure only guided updates and their memory, with these numbers of envs, each in a process of its own"""
+    """measure only trainings and their memory, with these numbers of envs, each in a process of its own"""
+    guidance: tuple[Literal["full", "none", "facts"], ...] = ("full",)
+    """the trainings of --scale"""
+    scale_turns: int = 1
+    """timed turns of each training of --scale"""
+    warm: bool = False
+    """--scale uses the programs that are in the cache; default: each process compiles, and memory counts that"""
     json: Path | None = None
     """also write the result here"""
     check: Path | None = None
@@ -119,6 +127,7 @@ class Setting:
             updates_per_phase=updates,
             table=replace(base.table, queries_per_phase=queries),
             sft=replace(base.sft, sft_every=sft_every),
+            num_minibatches=max(default.num_minibatches, self.num_envs // ENVS_OF_MINIBATCH),
             total_timesteps=num_phases * updates * base.batch_size,
         )
 
@@ -317,9 +326,9 @@ def take_turns(players: dict[str, Any], turns: int) -> None:
 
 
 def be_child(options: Options) -> None:
-    """A guided training of one update and --turns turns, whose times and peak memory are printed."""
-    (num_envs,) = options.num_envs
-    args = Setting(num_envs, options.num_steps, 3 * options.turns).args
+    """A training of one phase and --turns turns, whose times and peak memory are printed."""
+    (num_envs,), (guidance,) = options.num_envs, options.guidance
+    args = replace(Setting(num_envs, options.num_steps, 3 * options.turns).args, guidance=guidance)
     use_compilation_cache()
     with tempfile.TemporaryDirectory() as folder:
         trainee = Trainee(args, Path(folder) / "run")
@@ -328,14 +337,14 @@ def be_child(options: Options) -> None:
         compile_seconds = trainee.run.compile_clock.seconds
         trainee.close()
     rate = steps_of_turn(args) / float(np.median(trainee.seconds[1:])) if options.turns else None
-    printed = {"compile": compile_seconds, "steps_per_second": rate, "peak_memory_gb": peak_memory()}
-    print(json.dumps(printed))
+    print(json.dumps({"compile": compile_seconds, "steps_per_second": rate} | peak_memory()))
 
 
-def run_child(turns: int, num_envs: int, cache: str) -> dict[str, Any]:
+def run_child(turns: int, num_envs: int, cache: str | None, guidance: str = "full") -> dict[str, Any]:
     """What it printed, and the seconds of the whole process: `first_update`, if there were no turns."""
     command = [sys.executable, __file__, "--child", "--turns", str(turns), "--num-envs", str(num_envs)]
-    start, environment = time.perf_counter(), os.environ | {"RLADAPTER_CACHE": cache}
+    command += ["--guidance", guidance]
+    start, environment = time.perf_counter(), os.environ | ({"RLADAPTER_CACHE": cache} if cache else {})
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1]) | {"first_update": time.perf_counter() - start}
 
@@ -348,19 +357,24 @@ def time_start_up() -> dict[str, dict[str, float]]:
     return {name: {key: child[key] for key in ("first_update", "compile")} for name, child in children.items()}
 
 
-def measure_scale(options: Options) -> list[dict[str, float]]:
+def measure_scale(options: Options) -> list[dict[str, Any]]:
     rows = []
-    for num_envs in options.scale:
-        with tempfile.TemporaryDirectory() as cache:
-            child = run_child(1, num_envs, cache)
-        rows.append({"num_envs": num_envs} | {name: child[name] for name in ("steps_per_second", "peak_memory_gb")})
+    for num_envs, guidance in itertools.product(options.scale, options.guidance):
+        with tempfile.TemporaryDirectory() as cold:
+            child = run_child(options.scale_turns, num_envs, None if options.warm else cold, guidance)
+        del child["first_update"], child["compile"]
+        rows.append({"num_envs": num_envs, "guidance": guidance} | child)
         print(rows[-1], file=sys.stderr)
     return rows
 
 
-def peak_memory() -> float:
-    """GB of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def peak_memory() -> dict[str, float]:
+    """GB of this process so far, and of its GPU or TPU, where jax knows that."""
+    peaks = {"peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    of_device = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in of_device:
+        peaks["peak_device_memory_gb"] = of_device["peak_bytes_in_use"] / 2**30
+    return peaks
 
 
 # -------------------------------------------------------------------------------------------------------------- report

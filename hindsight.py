@@ -6,7 +6,8 @@
 
 *Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached and was paid for soon after,
 where that paid more than is usual in such a situation: what is often reached needs no advice. *Experience*: what
-was so whenever a sub-goal was reached and paid for. Both are made of what a player can see, of its rewards, and of
+was so whenever a sub-goal was reached and paid for; what was never reached is guessed from what is named alike, and
+corrected once it was. Both are made of what a player can see, of its rewards, and of
 nothing that the game's rules say. No LLM is asked.
 
 M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of an observation.
@@ -65,6 +66,21 @@ def usual(facts: np.ndarray, returns: np.ndarray) -> np.ndarray:
     inputs = np.concatenate([facts, np.ones((len(facts), 1))], 1).astype(np.float64)
     weights = np.linalg.solve(inputs.T @ inputs + RIDGE * np.eye(inputs.shape[1]), inputs.T @ returns)
     return inputs @ weights
+
+
+def alike(name: str, other: str, takes: Sequence[str], facts: Sequence[str]) -> list[str]:
+    """Guesses what a sub-goal takes from what another one does, if their names differ in one word that is not the verb
+    (the first one); [] if it can't.
+
+    "To make stone pickaxe takes stone >= 1, table in reach." lets one try iron >= 1 and a table for an iron pickaxe.
+    """
+    words, others = name.split(), other.split()
+    differing = [pair for pair in zip(words, others, strict=False) if pair[0] != pair[1]]
+    if len(words) != len(others) or len(differing) != 1 or words[0] != others[0]:
+        return []
+    new, old = differing[0]
+    guess = [" ".join(new if word == old else word for word in fact.split()) for fact in takes]
+    return guess if guess != list(takes) and {fact.removeprefix("not ") for fact in guess} <= set(facts) else []
 
 
 class Found:
@@ -142,6 +158,14 @@ class Found:
         brought = [i for i in np.argsort(-true, kind="stable").tolist() if new[i]]
         return [self.game.facts[i] for i in found[:MAX_FACTS]] + [f"not {self.game.facts[i]}" for i in brought[:1]]
 
+    def all_takes(self) -> list[list[str]]:
+        """Returns what each basic sub-goal takes, as far as it is known, or as that is guessed from one named alike."""
+        names = self.game.sub_goals[: self.game.num_basic]
+        known = [self.takes(goal) for goal in range(self.game.num_basic)]
+        by_rarity = [i for i in np.argsort(self.arrays.times, kind="stable").tolist() if known[i]]
+        guesses = ((alike(name, names[i], known[i], self.game.facts) for i in by_rarity) for name in names)
+        return [takes or next(filter(None, guess), []) for takes, guess in zip(known, guesses, strict=True)]
+
     def examples(
         self, source: str, most: int, prompt_of: Callable[[np.ndarray, np.ndarray], str]
     ) -> list[tuple[str, str]]:
@@ -153,7 +177,7 @@ class Found:
             prompt_of: the adapter's prompt for obs (O,) and facts (P,)
         """
         arrays, pairs = self.arrays, {}
-        takes = [self.takes(goal) for goal in range(self.game.num_basic)] if source == "experience" else []
+        takes = self.all_takes() if source == "experience" else []
         for i in self.most_telling()[:most]:
             goal = self.worth_saying(i)
             text = suggestion([self.game.sub_goals[goal]])
@@ -163,8 +187,13 @@ class Found:
         return list(pairs)
 
     def experience(self, goal: int, takes: Sequence[list[str]], rng: np.random.Generator) -> list[str]:
-        """Returns sentences: what a sub-goal takes, if that is known, and what some others drawn by rng take."""
+        """Returns sentences: what a sub-goal takes, if that is known, and what some others drawn by rng take.
+
+        One of the others was never done so far, if there is any whose needs can be guessed: it is to be tried.
+        """
         known = [i for i in rng.permutation(len(takes)).tolist() if i != goal and takes[i]]
+        known.sort(key=lambda i: self.arrays.times[i] >= MIN_TIMES)
+        known = [*known[:1], *rng.permutation(known[1:]).tolist()]
         others = [self.game.experience_text(takes[i], self.game.sub_goals[i]) for i in known[:OTHERS]]
         return [self.game.experience_text(takes[goal])] * bool(takes[goal]) + others
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that is to be measured on a GPU (or TPU), in one go, in some ten minutes:
+# All that is to be measured on a GPU (or TPU), in one go, in some twenty minutes, most of them compilation:
 #
 #     bash benchmarks/gpu.sh                     # results into benchmarks/results/gpu/
 #     STEPS="scale long" ENVS="64 128" LONG=20 bash benchmarks/gpu.sh /tmp/check

@@ -198,6 +198,20 @@ def scale_table() -> str:
     return markdown(["envs", "env steps/s, guided", "peak memory, GB"], rows)
 
 
+def gpu_table() -> str:
+    """Trainings on a GPU, and the memory of the GPU that a guided one takes."""
+    by_envs: dict[int, dict] = {}
+    for row in json.loads((SPEED / "gpu" / "scale.json").read_text())["scale"]:
+        by_envs.setdefault(row["num_envs"], {})[row["guidance"]] = row
+    rows = []
+    for num_envs, row in by_envs.items():
+        guided, unguided = (row[name]["steps_per_second"] for name in ("full", "none"))
+        memory = row["full"]["peak_device_memory_gb"]
+        rates = [f"{guided:,.0f}", f"{unguided:,.0f}", f"{guided / unguided:.2f}"]
+        rows.append([f"{num_envs:,}", *rates, f"{memory:.1f}"])
+    return markdown(["envs", "env steps/s, guided", "unguided", "ratio", "memory of the GPU, guided, GB"], rows)
+
+
 def generated(results: Results) -> dict[tuple[Path, str], str]:
     """Every generated table: (file, name of its markers) -> text"""
     readme, docs = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
@@ -212,6 +226,7 @@ def generated(results: Results) -> dict[tuple[Path, str], str]:
         (adapter, "speed"): adapter_speed_table(),
         (speed, "throughput"): throughput_table(),
         (speed, "scale"): scale_table(),
+        (speed, "gpu"): gpu_table(),
     }
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
+from rich.console import Console
+from rich.progress import track
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
@@ -63,15 +65,18 @@ def choose_situations(env: Any, num: int, seed: int) -> list[dict[str, Any]]:
 
 
 def ask(guide: llm_client.HttpGuide, env: Any, situations: list[dict[str, Any]], kind: str) -> list[Any]:
-    """Returns the answered questions."""
-    questions = []
+    """Returns the answered questions; shows how many were."""
+    questions, answers = [], []
     for situation in situations:
         question = llm_client.Question(situation["obs"], situation["facts"], [], None)
         question.caption = env.to_text(question.obs)
         if kind != "none":
             question.analysis = suggestion([env.game.sub_goals[situation[kind]]])
         questions.append(question)
-    return guide.ask(questions).wait()
+    batches = [questions[i : i + guide.concurrency] for i in range(0, len(questions), guide.concurrency)]
+    for batch in track(batches, f"analysis: {kind}", console=Console(stderr=True)):
+        answers += guide.ask(batch).wait()
+    return answers
 
 
 def measure(answers: list[Any], named: list[int]) -> dict[str, float]:

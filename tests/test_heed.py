@@ -53,7 +53,7 @@ def test_what_is_suggested(env):
 
 def test_the_suggestion_is_what_differs(env):
     asked = []
-    guide = SimpleNamespace(ask=lambda questions: asked.append(questions) or SimpleNamespace(wait=lambda: questions))
+    guide = SimpleNamespace(concurrency=4, ask=lambda questions: asked.append(questions) or SimpleNamespace(wait=lambda: questions))
     situations = heed.choose_situations(env, 2, seed=1)
     for kind in heed.KINDS:
         heed.ask(guide, env, situations, kind)

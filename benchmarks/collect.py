@@ -5,6 +5,8 @@
     curve                                              columns global_step, episodic_return, score, llm_calls (so far)
                                                        at up to 50 of the run's phases; older results have no score and
                                                        no llm_calls
+    advice                                             of runs whose adapter is measured (`advice`); older results have
+                                                       none
     habits, original                                   of runs that evaluate.py played, in their own env and in the
                                                        original game: its files in short, or null
 
@@ -38,14 +40,27 @@ def _read_run(folder: Path) -> Result:
     if "--run-dir" in words:
         at = words.index("--run-dir")
         words = words[:at] + words[at + 2 :]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "command": shlex.join(["python", "rladapter_ppo.py", *words]),
         **{name: config[name] for name in ("git_commit", "versions", "device", "num_cpus")},
         "summary": json.loads((folder / "summary.json").read_text()),
-        "curve": curve([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]),
+        "curve": curve(metrics),
+        "advice": advice(metrics),
         "habits": habits(folder / "eval.json"),
         "original": original(folder / "eval-crafter.json"),
     }
+
+
+def advice(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the phases that have them: comprehension; agreement (`Found.agreement`) of the adapter before and
+    after its fine-tunings, of any possible sub-goal and of the game's own rules; and the share of the rules that held
+    where the guide was asked."""
+    names = ("guidance/comprehension", *(f"adapter/agreement_{of}" for of in ("before", "after", "possible", "rules")))
+    columns = {name: [m[name] for m in metrics if m.get(name) is not None] for name in names}
+    found = {name.partition("/")[2]: float(np.mean(values)) for name, values in columns.items() if values}
+    stated, holding = (sum(m.get(f"guidance/rules_{name}") or 0 for m in metrics) for name in ("stated", "holding"))
+    return found | ({"holding": holding / stated} if stated else {})
 
 
 def habits(path: Path) -> dict[str, Any] | None:
@@ -136,7 +151,7 @@ def dumps(result: Result) -> str:
     """JSON with a line for each entry of the summary and each column of the curve."""
     entries = []
     for key, value in result.items():
-        if key in ("summary", "curve") or (key in ("habits", "original") and value):
+        if key in ("summary", "curve", "advice") or (key in ("habits", "original") and value):
             inner = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
             entries.append(f" {json.dumps(key)}: {{\n{inner}\n }}")
         else:

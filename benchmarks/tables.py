@@ -8,13 +8,15 @@ import json
 from pathlib import Path
 
 import numpy as np
-from collect import Result, Results, column
+from collect import Result, Results, column, load
 from run import ROOT, VARIANTS
 from stats import bootstrap_interval, iqm, paired_difference, probability_of_improvement
 
 from utils.published import PUBLISHED
 
 FULL = "guided"  # the full method
+ALONE = ("no-adapter", "no-sft")  # what the suite `adapter` is compared with
+ADVICE = {"comprehension": "{:.2f}", "agreement_after": "{:.2f}", "holding": "{:.2f}"}  # of `collect.advice`
 SPEED = ROOT / "benchmarks" / "results"  # adapter_speed.json, scale.json, throughput.json
 
 
@@ -47,13 +49,13 @@ def results_table(results: Results) -> str:
     return markdown(header, rows)
 
 
-def lead(results: Results, name: str, key: str) -> str:
-    """The paired difference in return or score between the full method and this variant [95 % t-interval]"""
-    seeds = sorted(results.get(FULL, {}).keys() & results[name].keys())
+def lead(results: Results, name: str, key: str, ahead: str = FULL) -> str:
+    """The paired difference in return or score between `ahead` and this variant [95 % t-interval]; "" without any."""
+    seeds = sorted(results.get(ahead, {}).keys() & results.get(name, {}).keys())
     if not seeds:
         return ""
     difference = paired_difference(
-        *[column({seed: results[which][seed] for seed in seeds}, key) for which in (FULL, name)]
+        *[column({seed: results[which][seed] for seed in seeds}, key) for which in (ahead, name)]
     )
     low, high = difference.interval or (None, None)
     return f"{difference.mean:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")
@@ -212,8 +214,29 @@ def gpu_table() -> str:
     return markdown(["envs", "env steps/s, guided", "unguided", "ratio", "memory of the GPU, guided, GB"], rows)
 
 
+def adapter_table(results: Results) -> str:
+    """What analyses are worth to a guide that does not know the game, of results of the suite `adapter`."""
+    if not results:
+        return "not measured"
+    rows = []
+    header = ["The guide hears", "Name", "return: mean (each seed)", "score %"]
+    header += [f"{key} minus `{other}` [95 %]" for other in ALONE for key in ("return", "score")]
+    header += ["comprehension", "agreement", "rules that hold where asked"]
+    for name, runs in results.items():
+        returns, score = column(runs, "episodic_return"), column(runs, "score").mean()
+        row = [what(name), f"`{name}`", f"**{returns.mean():.2f}** ({', '.join(f'{r:.2f}' for r in returns)})"]
+        row.append(f"{score:.1f}")
+        pairs = [(other, key) for other in ALONE for key in ("episodic_return", "score")]
+        row += ["" if name == other else lead(results, other, key, name) for other, key in pairs]
+        measured = {key: [r["advice"][key] for r in runs.values() if key in r.get("advice", {})] for key in ADVICE}
+        row += [ADVICE[key].format(np.mean(values)) if values else "" for key, values in measured.items()]
+        rows.append(row)
+    return markdown(header, rows)
+
+
 def generated(results: Results) -> dict[tuple[Path, str], str]:
     """Every generated table: (file, name of its markers) -> text"""
+    of_adapter = load(SPEED / "adapter") if (SPEED / "adapter").exists() else {}
     readme, docs = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
     adapter, speed = ROOT / "docs" / "adapter.md", ROOT / "docs" / "speed.md"
     return {
@@ -223,6 +246,7 @@ def generated(results: Results) -> dict[tuple[Path, str], str]:
         (ROOT / "docs" / "evaluate.md", "original"): original_table(results),
         (docs, "aggregate"): aggregate_table(results),
         (docs, "published"): published_table(results),
+        (adapter, "adapter"): adapter_table(of_adapter),
         (adapter, "speed"): adapter_speed_table(),
         (speed, "throughput"): throughput_table(),
         (speed, "scale"): scale_table(),

@@ -468,3 +468,28 @@ def test_the_original_game_stands_beside_the_own_env(tmp_path):
     results = {"guided": {1: {"summary": summary, "original": found}, 2: {"summary": {}}}, "none": {1: {"summary": {}}}}
     assert tables.original_table(results).splitlines()[2:] == ["| `guided` | 1 | 4 | 7.0 | 16.0 | 9.0 | 60.0 |"]
     assert tables.original_table({"none": results["none"]}) == "not measured"
+
+
+def test_what_the_guide_was_told_is_collected_as_means_of_phases():
+    metrics = [
+        {"guidance/comprehension": None, "guidance/rules_stated": 4, "guidance/rules_holding": 1},
+        {"guidance/comprehension": 0.5, "guidance/rules_stated": 4, "guidance/rules_holding": 3,
+         "adapter/agreement_before": 0.25, "adapter/agreement_after": 0.5},
+        {"guidance/comprehension": 0.25, "adapter/agreement_after": None},
+    ]  # fmt: skip
+    found = collect.advice(metrics)
+    assert found == {"comprehension": 0.375, "agreement_before": 0.25, "agreement_after": 0.5, "holding": 0.5}
+    assert collect.advice([{}]) == {}
+
+
+def test_the_table_of_the_adapter_compares_by_seed_with_no_adapter_and_an_untuned_one(tmp_path):
+    folder = write_results(tmp_path, **{"no-adapter": [1.0, 2.0], "no-sft": [3.0], "experience": [4.0, 6.0, 8.0]})
+    results = collect.load(folder)
+    results["experience"][2]["advice"] = {"comprehension": 0.5}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.adapter_table(results).splitlines()]
+    rows = {row[1]: row[2:] for row in lines}
+    assert list(rows)[2:] == ["`no-adapter`", "`no-sft`", "`experience`"]
+    assert rows["`no-adapter`"] == ["**1.50** (1.00, 2.00)", "3.0", "", "", "-2.00", "-4.00", "", "", ""]
+    name = ["**6.00** (4.00, 6.00, 8.00)", "12.0", "+3.50 [-2.85, +9.85]", "+7.00 [-5.71, +19.71]", "+1.00", "+2.00"]
+    assert rows["`experience`"] == [*name, "0.50", "", ""]
+    assert tables.adapter_table({}) == "not measured"

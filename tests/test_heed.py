@@ -53,7 +53,8 @@ def test_what_is_suggested(env):
 
 def test_the_suggestion_is_what_differs(env):
     asked = []
-    guide = SimpleNamespace(concurrency=4, ask=lambda questions: asked.append(questions) or SimpleNamespace(wait=lambda: questions))
+    ask = lambda questions: asked.append(questions) or SimpleNamespace(wait=lambda: questions)  # noqa: E731
+    guide = SimpleNamespace(concurrency=4, ask=ask)
     situations = heed.choose_situations(env, 2, seed=1)
     for kind in heed.KINDS:
         heed.ask(guide, env, situations, kind)

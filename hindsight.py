@@ -6,8 +6,8 @@
 
 *Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached and was paid for soon after,
 where that paid more than is usual in such a situation: what is often reached needs no advice. *Experience*: what
-was so whenever a sub-goal was reached and paid for; what was never reached is guessed from what is named alike, and
-corrected once it was. Both are made of what a player can see, of its rewards, and of
+was so whenever a sub-goal was reached and paid for; what was hardly ever reached is guessed from what is named alike,
+until it was. Both are made of what a player can see, of its rewards, and of
 nothing that the game's rules say. No LLM is asked.
 
 M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of an observation.
@@ -80,7 +80,10 @@ def alike(name: str, other: str, takes: Sequence[str], facts: Sequence[str]) -> 
         return []
     new, old = differing[0]
     guess = [" ".join(new if word == old else word for word in fact.split()) for fact in takes]
-    return guess if guess != list(takes) and {fact.removeprefix("not ") for fact in guess} <= set(facts) else []
+    changed = [fact for fact, was in zip(guess, takes, strict=True) if fact != was]
+    if len(words) == 2 and all(fact.startswith("not ") for fact in changed):
+        return []  # names with but the verb in common, and what one takes says nothing of its thing
+    return list(dict.fromkeys(guess)) if changed and {fact.removeprefix("not ") for fact in guess} <= set(facts) else []
 
 
 class Found:
@@ -159,12 +162,17 @@ class Found:
         return [self.game.facts[i] for i in found[:MAX_FACTS]] + [f"not {self.game.facts[i]}" for i in brought[:1]]
 
     def all_takes(self) -> list[list[str]]:
-        """Returns what each basic sub-goal takes, as far as it is known, or as that is guessed from one named alike."""
+        """Returns what each basic sub-goal takes: found out, or, where it was hardly ever reached and paid for, guessed
+        from one that is named alike, the rarest first."""
         names = self.game.sub_goals[: self.game.num_basic]
         known = [self.takes(goal) for goal in range(self.game.num_basic)]
         by_rarity = [i for i in np.argsort(self.arrays.times, kind="stable").tolist() if known[i]]
-        guesses = ((alike(name, names[i], known[i], self.game.facts) for i in by_rarity) for name in names)
-        return [takes or next(filter(None, guess), []) for takes, guess in zip(known, guesses, strict=True)]
+        takes = []
+        for goal, name in enumerate(names):
+            guesses = (alike(name, names[i], known[i], self.game.facts) for i in by_rarity)
+            guess = next(filter(None, guesses), []) if self.arrays.times[goal] < MIN_TIMES else []
+            takes.append(known[goal] or guess)
+        return takes
 
     def examples(
         self, source: str, most: int, prompt_of: Callable[[np.ndarray, np.ndarray], str]
@@ -187,9 +195,9 @@ class Found:
         return list(pairs)
 
     def experience(self, goal: int, takes: Sequence[list[str]], rng: np.random.Generator) -> list[str]:
-        """Returns sentences: what a sub-goal takes, if that is known, and what some others drawn by rng take.
+        """Returns sentences: what a sub-goal takes, if known or guessed, and what some others drawn by rng take.
 
-        One of the others was never done so far, if there is any whose needs can be guessed: it is to be tried.
+        One of the others was hardly ever done so far, if there is any whose needs can be guessed: it is to be tried.
         """
         known = [i for i in rng.permutation(len(takes)).tolist() if i != goal and takes[i]]
         known.sort(key=lambda i: self.arrays.times[i] >= MIN_TIMES)

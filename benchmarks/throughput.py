@@ -113,6 +113,12 @@ class Setting:
         return -(-self.turns // 3)
 
     @property
+    def num_minibatches(self) -> int:
+        """As many as by default, or as keep minibatches small enough."""
+        fewest = max(rl.Args().num_minibatches, -(-self.num_envs // ENVS_OF_MINIBATCH))
+        return next(n for n in range(fewest, self.num_envs + 1) if self.num_envs % n == 0)
+
+    @property
     def args(self) -> rl.Args:
         """With any number of envs as many questions and fine-tunings per env step as with the defaults."""
         default, base = rl.Args(), replace(rl.Args(), num_envs=self.num_envs, num_steps=self.num_steps)
@@ -127,7 +133,7 @@ class Setting:
             updates_per_phase=updates,
             table=replace(base.table, queries_per_phase=queries),
             sft=replace(base.sft, sft_every=sft_every),
-            num_minibatches=max(default.num_minibatches, self.num_envs // ENVS_OF_MINIBATCH),
+            num_minibatches=self.num_minibatches,
             total_timesteps=num_phases * updates * base.batch_size,
         )
 
@@ -329,6 +335,7 @@ def be_child(options: Options) -> None:
     """A training of one phase and --turns turns, whose times and peak memory are printed."""
     (num_envs,), (guidance,) = options.num_envs, options.guidance
     args = replace(Setting(num_envs, options.num_steps, 3 * options.turns).args, guidance=guidance)
+    args = replace(args, anneal_lr=False, lr_warmup=0.0)  # the same programs for any number of turns
     use_compilation_cache()
     with tempfile.TemporaryDirectory() as folder:
         trainee = Trainee(args, Path(folder) / "run")
@@ -340,10 +347,11 @@ def be_child(options: Options) -> None:
     print(json.dumps({"compile": compile_seconds, "steps_per_second": rate} | peak_memory()))
 
 
-def run_child(turns: int, num_envs: int, cache: str | None, guidance: str = "full") -> dict[str, Any]:
+def run_child(cache: str | None, **flags: Any) -> dict[str, Any]:
     """What it printed, and the seconds of the whole process: `first_update`, if there were no turns."""
-    command = [sys.executable, __file__, "--child", "--turns", str(turns), "--num-envs", str(num_envs)]
-    command += ["--guidance", guidance]
+    command = [sys.executable, __file__, "--child"]
+    for name, value in flags.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
     start, environment = time.perf_counter(), os.environ | ({"RLADAPTER_CACHE": cache} if cache else {})
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1]) | {"first_update": time.perf_counter() - start}
@@ -353,7 +361,7 @@ def time_start_up() -> dict[str, dict[str, float]]:
     """Seconds of a guided training with the defaults to its first update, and those of compilation among them: with an
     empty cache of compiled programs, and warm."""
     with tempfile.TemporaryDirectory() as cache:
-        children = {name: run_child(0, rl.Args().num_envs, cache) for name in ("cold", "warm")}
+        children = {name: run_child(cache, turns=0, num_envs=rl.Args().num_envs) for name in ("cold", "warm")}
     return {name: {key: child[key] for key in ("first_update", "compile")} for name, child in children.items()}
 
 
@@ -361,7 +369,10 @@ def measure_scale(options: Options) -> list[dict[str, Any]]:
     rows = []
     for num_envs, guidance in itertools.product(options.scale, options.guidance):
         with tempfile.TemporaryDirectory() as cold:
-            child = run_child(options.scale_turns, num_envs, None if options.warm else cold, guidance)
+            child = run_child(
+                None if options.warm else cold, turns=options.scale_turns, num_envs=num_envs, guidance=guidance,
+                num_steps=options.num_steps,
+            )  # fmt: skip
         del child["first_update"], child["compile"]
         rows.append({"num_envs": num_envs, "guidance": guidance} | child)
         print(rows[-1], file=sys.stderr)
@@ -486,6 +497,18 @@ def check(result: dict[str, Any], expected: dict[str, Any]) -> int:
     return int(bool(lost) or not pairs)
 
 
+def check_options(options: Options) -> None:
+    """Raises ValueError, one line, for what would be ignored or can't work."""
+    default = Options()
+    of_scale, of_others = ("guidance", "scale_turns", "warm"), ("turns", "num_envs", "trainings", "baseline")
+    for name in of_others if options.scale else of_scale:
+        if getattr(options, name) != getattr(default, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag}: says nothing {'with' if options.scale else 'without'} --scale; leave it out")
+    if options.scale_turns < 1:
+        raise ValueError(f"--scale-turns: {options.scale_turns} is out of range; choose 1 or more")
+
+
 def read_expected(options: Options) -> dict[str, Any]:
     """The result of --check. Raises ValueError, one line, for what can't be compared with."""
     if options.scale:
@@ -505,6 +528,7 @@ def main(argv: list[str] | None = None) -> int:
         be_child(options)
         return 0
     try:
+        check_options(options)
         expected = read_expected(options) if options.check else None
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)

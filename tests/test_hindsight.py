@@ -297,6 +297,8 @@ def test_what_a_rollout_shows():
      ["diamond in view", "not unlocked collect diamond"]),
     ("make iron sword", "make iron pickaxe", ["iron >= 1", "not unlocked make iron pickaxe"],
      ["iron >= 1", "not unlocked make iron sword"]),
+    ("make wood pickaxe", "make stone pickaxe", ["wood >= 1", "stone >= 1"], ["wood >= 1"]),  # once
+    ("place stone", "place plant", ["sapling >= 1", "not unlocked place plant"], []),  # says nothing of stones
     ("eat plant", "place plant", ["sapling >= 1", "not unlocked place plant"], []),  # the verb says what is done
     ("make iron pickaxe", "make stone sword", ["stone >= 1"], []),  # two words
     ("mine stone", "mine iron", ["iron >= 7"], []),  # "stone >= 7" is no fact
@@ -315,6 +317,9 @@ def test_what_was_never_done_is_guessed_from_the_rarest_that_is_named_alike_and_
     everything = found.all_takes()
     assert everything[GOAL["make iron pickaxe"]] == ["wood >= 1", "iron >= 1"]  # from stone's
     assert everything[GOAL["make stone pickaxe"]] == takes["make stone pickaxe"] and not everything[GOAL["mine iron"]]
+    found.arrays.times[GOAL["make iron pickaxe"]] = hindsight.MIN_TIMES  # often, and nothing was always so
+    assert not found.all_takes()[GOAL["make iron pickaxe"]]
+    found.arrays.times[GOAL["make iron pickaxe"]] = 0
     said = [found.experience(GOAL["sleep"], everything, np.random.default_rng(i))[1:] for i in range(9)]
     assert all(sentences[0] == "To make iron pickaxe takes wood >= 1, iron >= 1." for sentences in said)
     assert len({sentences[1] for sentences in said}) == 2 and not any("sleep" in text for text in sum(said, []))

@@ -6,8 +6,7 @@
 
 *Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached and was paid for soon after,
 where that paid more than is usual in such a situation: what is often reached needs no advice. *Experience*: what
-was so whenever a sub-goal was reached and paid for; what was hardly ever reached is guessed from what is named alike,
-until it was. Both are made of what a player can see, of its rewards, and of
+was so whenever a sub-goal was reached and paid for. Both are made of what a player can see, of its rewards, and of
 nothing that the game's rules say. No LLM is asked.
 
 M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of an observation.
@@ -27,7 +26,8 @@ HORIZON = 64  # steps that are looked ahead: what was reached, what it paid
 MAX_REMEMBERED = 4096  # situations, the latest
 HELD_OUT = 64  # of the latest phase's situations: these only measure
 RIDGE = 10.0  # strength of the prior of `usual`: as many situations in which nothing was earned
-MIN_TIMES = 5  # a sub-goal was reached so often before anything is said of what it takes
+MIN_TIMES = 2  # a sub-goal was reached so often before anything is said of what it takes
+CHANCE = 0.05  # what was so every time is needed, unless it would have been so by chance as likely as this
 ALWAYS, OFTEN = 0.99, 0.8  # share of these times from which a fact counts as needed, unless it is true so often anyway
 PAYS = 0.5  # reward of a step from which what was reached in it was paid for: an achievement brings 1
 OTHERS = 2  # sub-goals of which experience says what they take, beside the one that it suggests
@@ -66,24 +66,6 @@ def usual(facts: np.ndarray, returns: np.ndarray) -> np.ndarray:
     inputs = np.concatenate([facts, np.ones((len(facts), 1))], 1).astype(np.float64)
     weights = np.linalg.solve(inputs.T @ inputs + RIDGE * np.eye(inputs.shape[1]), inputs.T @ returns)
     return inputs @ weights
-
-
-def alike(name: str, other: str, takes: Sequence[str], facts: Sequence[str]) -> list[str]:
-    """Guesses what a sub-goal takes from what another one does, if their names differ in one word that is not the verb
-    (the first one); [] if it can't.
-
-    "To make stone pickaxe takes stone >= 1, table in reach." lets one try iron >= 1 and a table for an iron pickaxe.
-    """
-    words, others = name.split(), other.split()
-    differing = [pair for pair in zip(words, others, strict=False) if pair[0] != pair[1]]
-    if len(words) != len(others) or len(differing) != 1 or words[0] != others[0]:
-        return []
-    new, old = differing[0]
-    guess = [" ".join(new if word == old else word for word in fact.split()) for fact in takes]
-    changed = [fact for fact, was in zip(guess, takes, strict=True) if fact != was]
-    if len(words) == 2 and all(fact.startswith("not ") for fact in changed):
-        return []  # names with but the verb in common, and what one takes says nothing of its thing
-    return list(dict.fromkeys(guess)) if changed and {fact.removeprefix("not ") for fact in guess} <= set(facts) else []
 
 
 class Found:
@@ -153,6 +135,7 @@ class Found:
             return []
         true = arrays.together.diagonal()
         always = (arrays.true_then[goal] >= ALWAYS * arrays.times[goal]) & (true < OFTEN * steps)
+        always &= (true / steps) ** arrays.times[goal] < CHANCE
         found: list[int] = []
         for i in sorted(np.flatnonzero(always).tolist(), key=lambda i: (true[i], i)):
             if not any(arrays.together[i, other] >= ALWAYS * true[other] for other in found):
@@ -160,19 +143,6 @@ class Found:
         new = (arrays.brought[goal] >= ALWAYS * max(arrays.followed[goal], MIN_TIMES)) & (true > (1 - OFTEN) * steps)
         brought = [i for i in np.argsort(-true, kind="stable").tolist() if new[i]]
         return [self.game.facts[i] for i in found[:MAX_FACTS]] + [f"not {self.game.facts[i]}" for i in brought[:1]]
-
-    def all_takes(self) -> list[list[str]]:
-        """Returns what each basic sub-goal takes: found out, or, where it was hardly ever reached and paid for, guessed
-        from one that is named alike, the rarest first."""
-        names = self.game.sub_goals[: self.game.num_basic]
-        known = [self.takes(goal) for goal in range(self.game.num_basic)]
-        by_rarity = [i for i in np.argsort(self.arrays.times, kind="stable").tolist() if known[i]]
-        takes = []
-        for goal, name in enumerate(names):
-            guesses = (alike(name, names[i], known[i], self.game.facts) for i in by_rarity)
-            guess = next(filter(None, guesses), []) if self.arrays.times[goal] < MIN_TIMES else []
-            takes.append(known[goal] or guess)
-        return takes
 
     def examples(
         self, source: str, most: int, prompt_of: Callable[[np.ndarray, np.ndarray], str]
@@ -185,7 +155,7 @@ class Found:
             prompt_of: the adapter's prompt for obs (O,) and facts (P,)
         """
         arrays, pairs = self.arrays, {}
-        takes = self.all_takes() if source == "experience" else []
+        takes = [self.takes(goal) for goal in range(self.game.num_basic)] if source == "experience" else []
         for i in self.most_telling()[:most]:
             goal = self.worth_saying(i)
             text = suggestion([self.game.sub_goals[goal]])
@@ -195,13 +165,8 @@ class Found:
         return list(pairs)
 
     def experience(self, goal: int, takes: Sequence[list[str]], rng: np.random.Generator) -> list[str]:
-        """Returns sentences: what a sub-goal takes, if known or guessed, and what some others drawn by rng take.
-
-        One of the others was hardly ever done so far, if there is any whose needs can be guessed: it is to be tried.
-        """
+        """Returns sentences: what a sub-goal takes, if that is known, and what some others drawn by rng take."""
         known = [i for i in rng.permutation(len(takes)).tolist() if i != goal and takes[i]]
-        known.sort(key=lambda i: self.arrays.times[i] >= MIN_TIMES)
-        known = [*known[:1], *rng.permutation(known[1:]).tolist()]
         others = [self.game.experience_text(takes[i], self.game.sub_goals[i]) for i in known[:OTHERS]]
         return [self.game.experience_text(takes[goal])] * bool(takes[goal]) + others
 

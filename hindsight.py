@@ -26,8 +26,7 @@ HORIZON = 64  # steps that are looked ahead: what was reached, what it paid
 MAX_REMEMBERED = 4096  # situations, the latest
 HELD_OUT = 64  # of the latest phase's situations: these only measure
 RIDGE = 10.0  # strength of the prior of `usual`: as many situations in which nothing was earned
-MIN_TIMES = 2  # a sub-goal was reached so often before anything is said of what it takes
-CHANCE = 0.05  # what was so every time is needed, unless it would have been so by chance as likely as this
+MIN_TIMES = 3  # a sub-goal was reached so often before anything is said of what it takes
 ALWAYS, OFTEN = 0.99, 0.8  # share of these times from which a fact counts as needed, unless it is true so often anyway
 PAYS = 0.5  # reward of a step from which what was reached in it was paid for: an achievement brings 1
 OTHERS = 2  # sub-goals of which experience says what they take, beside the one that it suggests
@@ -135,7 +134,6 @@ class Found:
             return []
         true = arrays.together.diagonal()
         always = (arrays.true_then[goal] >= ALWAYS * arrays.times[goal]) & (true < OFTEN * steps)
-        always &= (true / steps) ** arrays.times[goal] < CHANCE
         found: list[int] = []
         for i in sorted(np.flatnonzero(always).tolist(), key=lambda i: (true[i], i)):
             if not any(arrays.together[i, other] >= ALWAYS * true[other] for other in found):

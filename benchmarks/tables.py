@@ -143,7 +143,8 @@ def published_table(results: Results) -> str:
     for name, runs in results.items():
         steps = f"{column(runs, 'global_step').mean() / 1e6:.3g}M"
         guides = ", ".join(sorted({r["summary"]["llm_model"] or r["summary"]["llm"] for r in runs.values()}))
-        llm = {"none": "", "rules": "none: `rules`", "random": "none: `random`", "shuffled": "none: `shuffled`"}.get(guides, guides)
+        no_llm = {name: f"none: `{name}`" for name in ("rules", "random", "shuffled")}
+        llm = ({"none": ""} | no_llm).get(guides, guides)
         score, all_episodes = column(runs, "score").mean(), column(runs, "score_all_episodes").mean()
         mean_return, reward = column(runs, "episodic_return").mean(), column(runs, "reward_percent").mean()
         scores = f"{score:.1f} ({all_episodes:.1f})"

@@ -138,16 +138,6 @@ def test_too_few_times_say_nothing():
     assert found.takes(GOAL["mine iron"]) == []
 
 
-def test_what_was_so_twice_may_have_been_so_by_chance():
-    """Twice is enough to say that iron takes what is so in one step of six, four times if in two of five."""
-    names, told = ("iron in view", "unlocked make stone pickaxe"), []
-    for times in (1, 2, 3, 4):
-        found = Found(CRAFTER, 2)
-        add(found, phase_of(), np.zeros((6, len(FACTS))), counts(names, zip(names, (160, 400), strict=True), times))
-        told.append(found.takes(GOAL["mine iron"]))
-    assert told == [[], ["iron in view"], ["iron in view"], list(names)]
-
-
 def paying(found):
     """The middle env mines iron and is paid for it, the last one sleeps and is not."""
     history = phase_of(updates=3, chosen=[(0, 1, 2), (0, 1, 2), (3, 4, 5)])

@@ -81,7 +81,6 @@ def empty_rows(num_rows: int, obs_size: int, game: Game) -> SimpleNamespace:
         valid=np.zeros(num_rows, bool),  # False for an empty row
         goal=np.zeros(num_rows, np.int32),  # the advised sub-goal
         advice_id=np.zeros(num_rows, np.int64),  # tells advice from the next one in this row
-        stated_at=np.zeros(num_rows, np.int64),  # how many situations had been asked about when it was said last
         times_asked=np.zeros(num_rows, np.int32),  # how often it was asked about again
         times_tried=np.zeros(num_rows, np.int32),  # in how many phases it was on trial
         before=np.zeros((num_rows, num_rows), np.int32),  # in how many replies it stood before that row
@@ -216,7 +215,7 @@ class HostTable:
             self.holding += not (care & (truth != question.situation)).any()
             row = self._row_with(goal, care, truth)
             if row is None:
-                row = self._row_to_give_up(taken=list(question.rows.values()))
+                row = self._least_used_row(taken=list(question.rows.values()))
                 if row is None:
                     break  # the table is smaller than this answer
                 advice_id = self.rows.advice_id.max() + 1
@@ -226,7 +225,6 @@ class HostTable:
                 self.rows.obs[row], self.rows.situation[row] = question.obs, question.situation
                 self.rows.care[row], self.rows.truth[row], self.rows.goal[row] = care, truth, goal
                 self.rows.valid[row], self.rows.advice_id[row] = True, advice_id
-            self.rows.stated_at[row] = self.num_asked
             self.rows.before[list(question.rows.values()), row] += 1
             question.rows[goal] = row
         question.because = [self.reasons_text(row) for row in question.rows.values()]
@@ -254,16 +252,12 @@ class HostTable:
         same = (rows.care == care).all(1) & (rows.truth == truth).all(1) & rows.valid & (rows.goal == goal)
         return int(same.argmax()) if same.any() else None
 
-    def _row_to_give_up(self, taken: list[int]) -> int | None:
-        """Finds a row to write into: an empty one; else, of the sub-goal with the most rows, what was said longest ago.
-
-        Not the one used least: advice for what happens rarely, iron tools for example, is used least. And an adviser
-        that learns says of a sub-goal one thing after the other; what it does not say any more is not its advice.
-        """
-        rows = self.rows
-        crowd = np.bincount(rows.goal[rows.valid], minlength=len(self.game.sub_goals))[rows.goal]
-        order = np.lexsort((rows.stated_at, -crowd, rows.valid)).tolist()
-        return next((row for row in order if row not in taken), None)
+    def _least_used_row(self, taken: list[int]) -> int | None:
+        """Finds a row to write into: an empty one first, then the one used least."""
+        use = np.where(self.rows.valid, 1 + self.rows.visits.sum(1), 0.0)
+        use[taken] = np.inf
+        row = int(use.argmin())
+        return None if row in taken else row
 
     # ---- after a phase
 
@@ -388,7 +382,6 @@ class HostTable:
         found = rest.get("found", 0)
         self.found.load_state(arrays, found)
         arrays.setdefault("truth", arrays["situation"])  # older runs kept only rules that held where asked
-        arrays.setdefault("stated_at", np.zeros(len(arrays["goal"]), np.int64))  # nor when what was said
         self.asked, self.num_asked = arrays.pop("asked"), rest["num_asked"]
         self.stated, self.holding = rest.get("rules", (0, 0))
         self.rows = SimpleNamespace(**arrays)

@@ -52,6 +52,9 @@ class TableArgs:
     """rows of the guidance table, one for each piece of advice"""
     queries_per_phase: int = 16
     """questions to the guide at a pause, at most"""
+    query_until: float = 1.0
+    """share of the training after which nothing is asked and nothing tuned any more: with an annealed learning rate the
+    policy can't learn what is said late"""
     trials: bool = True
     """A/B test of advice: two pieces at a time are withheld from 1 in 8 envs each, to measure whether advice helps"""
     comprehension: Literal["cosine", "cosine-actions", "binary", "success", "none"] = "cosine"
@@ -62,7 +65,7 @@ class TableArgs:
     """text embedding of the sub-goals' names. hash: needs no model; else a BERT's folder or hub id"""
 
 
-LIMITS = {"guidance_rows": (1, 2**12), "queries_per_phase": (0, 2**16)}
+LIMITS = {"guidance_rows": (1, 2**12), "queries_per_phase": (0, 2**16), "query_until": (0.0, 1.0)}
 
 
 # --------------------------------------------------------------------------------------------------

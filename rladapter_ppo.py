@@ -870,7 +870,8 @@ def print_dry_run(args: Args, table: HostTable, env: Any, adapter: Any, situatio
         print(f"==== question {i}: adapter prompt\n{question.adapter_prompt}")
         for message in question.messages[i > 0 :]:  # the system message is the same in all of them
             print(f"---- {message['role']}\n{message['content']}")
-    pauses = 1 + -(-(args.num_updates - 1) // args.updates_per_phase)
+    updates_that_ask = math.ceil(args.table.query_until * args.num_updates)
+    pauses = min(updates_that_ask, 1) + max(0, -(-(updates_that_ask - 1) // args.updates_per_phase))
     calls = pauses * args.table.queries_per_phase if args.context.guided else 0
     print(f"==== in {pauses} pauses {llm_client.estimate(args.llm, calls, questions)}")
 
@@ -896,8 +897,9 @@ def main(args: Args, run: runs.Run) -> dict[str, Any] | None:
         key_analyse, key_sft = phase_keys(key_phases, phase)
 
         # Pause: ask about situations that no advice serves, and about advice that is not understood
+        still_asks = asks and run.totals["global_step"] < args.table.query_until * args.num_updates * args.batch_size
         with run.timed("guidance"):
-            questions = table.choose_questions(env, situations) if asks else []
+            questions = table.choose_questions(env, situations) if still_asks else []
             write_analyses(adapter, env.game, questions, key_analyse, args.sft.analyses)
             pause = guide.ask(questions, background=args.llm.llm_async)
             if not args.llm.llm_async:
@@ -920,7 +922,7 @@ def main(args: Args, run: runs.Run) -> dict[str, Any] | None:
             table.found.add(found, {name: array[:num_updates] for name, array in history.items()}, situations)
         run.append("outcomes.jsonl", table.outcome_lines(outcomes))
         worth, tuned = table.metrics(), {}
-        if asks and run.due(args.sft.sft_every):
+        if still_asks and run.due(args.sft.sft_every):
             with run.timed("sft"):
                 tuned, lines = tune_adapter(args, env, table, adapter, key_sft, run.show_tuning)
             run.append("examples.jsonl", lines)

@@ -53,7 +53,7 @@ class OneProgram:
     UNREAD = (
         "exp_name seed track run_dir resume save_every eval_episodes num_devices distributed dry_run env_id llm"
     ).split()
-    UNREAD_OF_TABLE = "queries_per_phase trials comprehension embed".split()
+    UNREAD_OF_TABLE = "queries_per_phase query_until trials comprehension embed".split()
 
     def __init__(self, program):
         self.program = program

@@ -71,6 +71,18 @@ def test_a_run_leaves_a_complete_folder(tmp_path):
     assert b"charts/episodic_return" in events
 
 
+def test_what_comes_late_is_not_asked(tmp_path, capsys):
+    assert run(tmp_path / "run", "--query-until", "0.5") == 0
+    begun_at = [0, *(m["global_step"] for m in lines(tmp_path / "run/metrics.jsonl"))]
+    asked = {line["phase"] for line in lines(tmp_path / "run/guidance.jsonl")}
+    assert asked == {phase for phase, step in enumerate(begun_at[:-1]) if step < 768} and len(asked) < len(begun_at) - 1
+    for until, pauses in ((0, 0), (0.05, 1), (0.5, 4), (1, 7)):
+        assert run(tmp_path / "none", "--dry-run", "--query-until", str(until)) == 0
+        assert f"in {pauses} pauses" in capsys.readouterr().out
+    assert run(tmp_path / "none", "--query-until", "1.5") == 2
+    assert "--query-until" in capsys.readouterr().err
+
+
 def test_guidance_covers_the_toy_and_is_understood(tmp_path):
     run(tmp_path / "run", "--learning-rate", "5e-3", "--no-trials", steps=6000)
     first, *_, last = lines(tmp_path / "run/metrics.jsonl")

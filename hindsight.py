@@ -24,7 +24,7 @@ from rladapter_adapter import suggestion
 
 HORIZON = 64  # steps that are looked ahead: what was reached, what it paid
 MAX_REMEMBERED = 4096  # situations, the latest
-HELD_OUT = 64  # of the latest phase's situations: these only measure
+HELD_OUT = 32  # of the latest phase's situations: these only measure
 RIDGE = 10.0  # strength of the prior of `usual`: as many situations in which nothing was earned
 MIN_TIMES = 5  # a sub-goal was reached so often before anything is said of what it takes
 ALWAYS, OFTEN = 0.99, 0.8  # share of these times from which a fact counts as needed, unless it is true so often anyway

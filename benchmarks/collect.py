@@ -5,8 +5,8 @@
     curve                                              columns global_step, episodic_return, score, llm_calls (so far)
                                                        at up to 50 of the run's phases; older results have no score and
                                                        no llm_calls
-    advice                                             of runs whose adapter is measured (`advice`); older results have
-                                                       none
+    advice                                             what the guide was told and said, means over the phases
+                                                       (`advice`); {} without guidance
     habits, original                                   of runs that evaluate.py played, in their own env and in the
                                                        original game: its files in short, or null
 

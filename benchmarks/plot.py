@@ -18,7 +18,7 @@ import tyro
 from collect import Results, collect, column, load
 from run import CONTROLS, ROOT, VARIANTS, SuiteName
 from stats import bootstrap_band, bootstrap_interval, iqm, probability_of_improvement
-from tables import FULL, SPEED, between_markers, generated, shares, watched
+from tables import FULL, NO_LLM, SPEED, between_markers, generated, shares, watched
 
 from utils.published import HUMAN
 
@@ -99,7 +99,7 @@ def subtitle(results: Results) -> str:
     summaries = [result["summary"] for runs in results.values() for result in runs.values()]
     envs = ", ".join(sorted({s["env_id"].removesuffix("-v1").removesuffix("-v0") for s in summaries}))
     guides = sorted({s["llm_model"] or s["llm"] for s in summaries} - {"none"})
-    names = [f"{g} (no LLM)" if g in ("rules", "random", "shuffled") else g for g in guides]
+    names = [f"{g} (no LLM)" if g in NO_LLM else g for g in guides]
     return envs + (f"\nguide: {', '.join(names)}" if names else "")
 
 

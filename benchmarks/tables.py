@@ -15,6 +15,7 @@ from stats import bootstrap_interval, iqm, paired_difference, probability_of_imp
 from utils.published import PUBLISHED
 
 FULL = "guided"  # the full method
+NO_LLM = ("rules", "random", "shuffled")  # guides that are none
 ALONE = ("no-adapter", "no-sft")  # what the suite `adapter` is compared with
 ADVICE = {"comprehension": "{:.2f}", "agreement_after": "{:.2f}", "holding": "{:.2f}"}  # of `collect.advice`
 SPEED = ROOT / "benchmarks" / "results"  # adapter_speed.json, scale.json, throughput.json
@@ -143,8 +144,7 @@ def published_table(results: Results) -> str:
     for name, runs in results.items():
         steps = f"{column(runs, 'global_step').mean() / 1e6:.3g}M"
         guides = ", ".join(sorted({r["summary"]["llm_model"] or r["summary"]["llm"] for r in runs.values()}))
-        no_llm = {name: f"none: `{name}`" for name in ("rules", "random", "shuffled")}
-        llm = ({"none": ""} | no_llm).get(guides, guides)
+        llm = ({"none": ""} | {name: f"none: `{name}`" for name in NO_LLM}).get(guides, guides)
         score, all_episodes = column(runs, "score").mean(), column(runs, "score_all_episodes").mean()
         mean_return, reward = column(runs, "episodic_return").mean(), column(runs, "reward_percent").mean()
         scores = f"{score:.1f} ({all_episodes:.1f})"

@@ -44,7 +44,7 @@ from advice import draw_exposures  # noqa: E402
 from envs import make_env  # noqa: E402
 from envs.nearest import NUM_FEATURES  # noqa: E402
 from guidance import HostTable  # noqa: E402
-from rladapter_adapter import SftArgs, make_adapter  # noqa: E402
+from rladapter_adapter import make_adapter  # noqa: E402
 from utils import run_folder, runs  # noqa: E402
 from utils.compilation import use_compilation_cache  # noqa: E402
 from utils.devices import SharedEnv  # noqa: E402
@@ -278,7 +278,7 @@ class GatedRun(runs.Run):
 
 
 class Trainee:
-    """A run in a temporary folder; a turn is as many phases as there are to a fine-tuning, but for the first: one.
+    """A run in a temporary folder; a turn is a phase.
 
     It trains in a thread of its own, so that `main` is what is measured, and stands still between its turns.
     """
@@ -303,11 +303,10 @@ class Trainee:
     def turn(self, i: int) -> None:
         """Trains; the first fine-tuning compiles in a turn that counts, so compilation is taken off."""
         start, compiled = time.perf_counter(), self.run.compile_clock.seconds
-        for _ in range(self.args.sft.sft_every if i else 1):
-            self.run.may_go.release()
-            self.run.done.acquire()
-            if self.run.error:
-                raise self.run.error
+        self.run.may_go.release()
+        self.run.done.acquire()
+        if self.run.error:
+            raise self.run.error
         compile_seconds = self.run.compile_clock.seconds - compiled
         self.seconds.append(time.perf_counter() - start - compile_seconds)
 
@@ -317,17 +316,14 @@ class Trainee:
         self.thread.join()
 
 
-def steps_of_turn(args: rl.Args) -> int:
-    return args.batch_size * args.updates_per_phase * args.sft.sft_every
-
-
-def take_turns(players: dict[str, Any], turns: int) -> None:
-    """The first turn, which compiles or is a short phase, does not count."""
-    for i in range(turns + 1):
-        for player in players.values():
+def take_turns(players: dict[str, Any], turns: int, times: int = 1) -> None:
+    """Takes turns, so many times each, and adds up the times of a turn; the one before the first does not count: it
+    compiles or is a short phase. Whoever began is last next time, as a machine gets slower or faster meanwhile."""
+    for i in range(1 + turns * times):
+        for player in list(players.values())[:: 1 if i % 2 else -1]:
             player.turn(i)
     for player in players.values():
-        del player.seconds[0]
+        player.seconds = np.reshape(player.seconds[1:], (turns, times)).sum(1).tolist()
         player.close()
 
 
@@ -339,11 +335,10 @@ def be_child(options: Options) -> None:
     use_compilation_cache()
     with tempfile.TemporaryDirectory() as folder:
         trainee = Trainee(args, Path(folder) / "run")
-        for i in range(1 + options.turns):
-            trainee.turn(i)
+        take_turns({guidance: trainee}, options.turns, args.sft.sft_every)
         compile_seconds = trainee.run.compile_clock.seconds
-        trainee.close()
-    rate = steps_of_turn(args) / float(np.median(trainee.seconds[1:])) if options.turns else None
+    steps = args.batch_size * args.updates_per_phase * args.sft.sft_every
+    rate = steps / float(np.median(trainee.seconds)) if options.turns else None
     print(json.dumps({"compile": compile_seconds, "steps_per_second": rate} | peak_memory()))
 
 
@@ -431,11 +426,12 @@ def measure_envs(setting: Setting, _: Path) -> tuple[dict[str, Player], dict[str
 
 def measure_trainings(setting: Setting, folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Trainings, and a rollout once more, to be compared with what is beside it."""
-    args = setting.args
+    args, phases = setting.args, setting.args.sft.sft_every  # a turn has one fine-tuning
     trainees = {name: Trainee(change(args), folder / name) for name, change in TRAININGS.items()}
-    steps = dict.fromkeys(trainees, steps_of_turn(args)) | {"rollout": args.batch_size}
+    steps = dict.fromkeys(trainees, args.batch_size * args.updates_per_phase * phases)
+    steps["rollout"] = args.batch_size * phases
     players = trainees | {"rollout": Player(*rollout(setting))}
-    take_turns(players, setting.training_turns)
+    take_turns(players, setting.training_turns, phases)
     return players, steps
 
 
@@ -447,8 +443,9 @@ def measure_baseline(setting: Setting, folder: Path) -> tuple[dict[str, Any], di
     }  # fmt: skip
     steps = dict.fromkeys(players, config.batch_size)
     if config == Config():
-        args = replace(rl.Args(), guidance="none", sft=SftArgs(sft_every=1))  # a turn is a phase
-        players[DEFAULTS], steps[DEFAULTS] = Trainee(args, folder / "defaults"), steps_of_turn(args)
+        args = replace(rl.Args(), guidance="none")
+        players[DEFAULTS] = Trainee(args, folder / "defaults")
+        steps[DEFAULTS] = args.batch_size * args.updates_per_phase
     take_turns(players, setting.turns)
     return players, steps
 

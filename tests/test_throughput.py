@@ -36,7 +36,7 @@ def test_a_ratio_is_the_median_of_neighbours_in_time():
 def test_turns_are_added_up_and_who_began_is_last_next_time():
     order, players = [], {name: player() for name in "ab"}
     for name, made in players.items():
-        made.turn = lambda i, name=name, made=made: (order.append(name), made.seconds.append(10.0 ** i))
+        made.turn = lambda i, name=name, made=made: (order.append(name), made.seconds.append(10.0**i))
     throughput.take_turns(players, turns=2, times=2)
     assert "".join(order) == "ba" + "ab" + "ba" + "ab" + "ba"
     assert players["a"].seconds == players["b"].seconds == [110.0, 11000.0]  # without the one before the first

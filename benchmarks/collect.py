@@ -189,5 +189,9 @@ def load(folder: Path) -> Results:
 
 
 def column(results: dict[int, Result], name: str) -> np.ndarray:
-    """(R,) one number of each run's summary, in the order of the seeds."""
+    """(R,) one number of each run's summary, in the order of the seeds; training_NAME: the mean of its learning curve,
+    how early things are learned."""
+    in_training = name.removeprefix("training_")
+    if in_training != name:
+        return np.array([np.mean(result["curve"][in_training]) for result in results.values()], np.float64)
     return np.array([result["summary"][name] for result in results.values()], np.float64)

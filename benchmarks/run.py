@@ -127,7 +127,7 @@ SUITES = {
     # A guide that does not know the task: what the adapter's analyses are worth, and what it is tuned on.
     "adapter": Suite((
         "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "exchanged", "random-analyses",
-    ), "--rules-knowledge minecraft --adapter-temperature 0.5 --eval-episodes 512"),
+    ), "--rules-knowledge minecraft --adapter-temperature 0.5 --query-until 0.8 --eval-episodes 512"),
     "comprehension": Suite(("guided", "cosine-actions", "success", "binary", "no-comprehension")),
     "toy": Suite(
         ("guided", "none"),

@@ -17,8 +17,9 @@ from utils.published import PUBLISHED
 FULL = "guided"  # the full method
 NO_LLM = ("rules", "random", "shuffled")  # guides that are none
 ALONE = ("no-adapter", "no-sft")  # what the suite `adapter` is compared with
+COMPARED = {"episodic_return": "return", "score": "score", "training_score": "score in training"}
 ADVICE = {"comprehension": "{:.2f}", "agreement_after": "{:.2f}", "holding": "{:.2f}"}  # of `collect.advice`
-SPEED = ROOT / "benchmarks" / "results"  # adapter_speed.json, scale.json, throughput.json
+SPEED = ROOT / "benchmarks" / "results"  # adapter_speed.json, scale.json, throughput.json, throughput_64.json
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -172,8 +173,14 @@ def adapter_speed_table() -> str:
 
 
 def throughput_table() -> str:
-    """Steps per second and the ratios that count for each number of envs, then what was measured once."""
-    result = json.loads((SPEED / "throughput.json").read_text())
+    """Steps per second and the ratios that count for each number of envs, then what was measured once.
+
+    The default number of envs was measured once more, more finely: throughput_64.json replaces what both have.
+    """
+    older, newer = (json.loads((SPEED / f"{name}.json").read_text()) for name in ("throughput", "throughput_64"))
+    result = older | newer
+    for part in ("steps_per_second", "ratios"):
+        result[part] = {n: column | newer[part].get(n, {}) for n, column in older[part].items()}
     by_envs = {
         "env steps/s": (result["steps_per_second"], "{:,.0f}"),
         "ratio of the rates": (result["ratios"], "{:.2f}"),
@@ -220,14 +227,14 @@ def adapter_table(results: Results) -> str:
     if not results:
         return "not measured"
     rows = []
-    header = ["The guide hears", "Name", "return: mean (each seed)", "score %"]
-    header += [f"{key} minus `{other}` [95 %]" for other in ALONE for key in ("return", "score")]
+    header = ["The guide hears", "Name", "return: mean (each seed)", "score %", "score % in training"]
+    header += [f"{key} minus `{other}` [95 %]" for other in ALONE for key in COMPARED.values()]
     header += ["comprehension", "agreement", "rules that hold where asked"]
     for name, runs in results.items():
         returns, score = column(runs, "episodic_return"), column(runs, "score").mean()
         row = [what(name), f"`{name}`", f"**{returns.mean():.2f}** ({', '.join(f'{r:.2f}' for r in returns)})"]
-        row.append(f"{score:.1f}")
-        pairs = [(other, key) for other in ALONE for key in ("episodic_return", "score")]
+        row += [f"{score:.1f}", f"{column(runs, 'training_score').mean():.1f}"]
+        pairs = [(other, key) for other in ALONE for key in COMPARED]
         row += ["" if name == other else lead(results, other, key, name) for other, key in pairs]
         measured = {key: [r["advice"][key] for r in runs.values() if key in r.get("advice", {})] for key in ADVICE}
         row += [ADVICE[key].format(np.mean(values)) if values else "" for key, values in measured.items()]

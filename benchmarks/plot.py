@@ -18,7 +18,7 @@ import tyro
 from collect import Results, collect, column, load
 from run import CONTROLS, ROOT, VARIANTS, SuiteName
 from stats import bootstrap_band, bootstrap_interval, iqm, probability_of_improvement
-from tables import FULL, NO_LLM, SPEED, between_markers, generated, shares, watched
+from tables import FULL, NO_LLM, SPEED, between_markers, generated, shares, throughput, watched
 
 from utils.published import HUMAN
 
@@ -259,7 +259,7 @@ def finish_estimates(ax: Any, names: list[str], label: str) -> None:
 
 def plot_speed(_: Results, path: Path) -> bool:
     """Env steps per second, and below the memory of a guided training, against the number of envs."""
-    rates = json.loads((SPEED / "throughput.json").read_text())["steps_per_second"]
+    rates = throughput()["steps_per_second"]
     figure, (ax, memory) = plt.subplots(
         2, figsize=(WIDTH, 9.6), layout="constrained", height_ratios=(2, 1), sharex=True
     )

@@ -6,6 +6,7 @@ are not what is generated here.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from collect import Result, Results, column, load
@@ -172,15 +173,19 @@ def adapter_speed_table() -> str:
     return markdown(header, rows)
 
 
-def throughput_table() -> str:
-    """Steps per second and the ratios that count for each number of envs, then what was measured once.
-
-    The default number of envs was measured once more, more finely: throughput_64.json replaces what both have.
-    """
+def throughput() -> dict[str, Any]:
+    """What benchmarks/throughput.py measured. The default number of envs was measured once more, more finely:
+    throughput_64.json replaces what both have."""
     older, newer = (json.loads((SPEED / f"{name}.json").read_text()) for name in ("throughput", "throughput_64"))
     result = older | newer
     for part in ("steps_per_second", "ratios"):
         result[part] = {n: column | newer[part].get(n, {}) for n, column in older[part].items()}
+    return result
+
+
+def throughput_table() -> str:
+    """Steps per second and the ratios that count for each number of envs, then what was measured once."""
+    result = throughput()
     by_envs = {
         "env steps/s": (result["steps_per_second"], "{:,.0f}"),
         "ratio of the rates": (result["ratios"], "{:.2f}"),

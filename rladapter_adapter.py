@@ -47,6 +47,7 @@ Folder = Annotated[str, tyro.conf.arg(metavar="FOLDER|HUB-ID")]
 LENGTH_BUCKET = 64  # prompts are padded to a multiple of it, so that few lengths are ever compiled
 ANSWER_BUCKET = 32  # and the answers in a fine-tuning batch to a multiple of this
 BATCH_BUCKETS = (8, 16, 32, 64)  # batches are padded to one of these; more prompts: several batches
+CACHE_BYTES = 2**28  # that the keys and values of a batch may take on a CPU; 8 times as many on a GPU or TPU
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # what LoRA adapts
 
 SFT_EPOCHS = 2  # passes over the examples
@@ -606,8 +607,9 @@ class Adapter:
         """Returns new tokens for each tokenized prompt. Compiles once per bucket of shapes."""
         eos = jnp.asarray(self.eos, jnp.int32)
         rows: list[list[int]] = []
-        for first in range(0, len(prompts), BATCH_BUCKETS[-1]):
-            part = prompts[first : first + BATCH_BUCKETS[-1]]
+        most = self.rows_at_once(max(map(len, prompts), default=0) + max_new_tokens)
+        for first in range(0, len(prompts), most):
+            part = prompts[first : first + most]
             shared, prefix = self.prefix_of(part)
             tokens, starts = left_pad([prompt[shared:] for prompt in part])
             numbers = np.arange(len(tokens))
@@ -618,6 +620,13 @@ class Adapter:
             rows += np.asarray(out)[: len(part)].tolist()
         ends = [next((i for i, token in enumerate(row) if token in self.eos), len(row)) for row in rows]
         return [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+    def rows_at_once(self, columns: int) -> int:
+        """Returns how many rows of so many tokens are continued at once: what their keys and values take bounds it."""
+        keys, values = jax.eval_shape(partial(empty_cache, self.config, self.base, 1, columns))
+        bytes_of_row = (keys.size + values.size) * keys.dtype.itemsize
+        room = CACHE_BYTES * (1 if jax.default_backend() == "cpu" else 8)
+        return max((n for n in BATCH_BUCKETS if n * bytes_of_row <= room), default=BATCH_BUCKETS[0])
 
     def analyse(
         self, prompts: Sequence[str], key: jax.Array, temperature: float | None = None,

@@ -286,6 +286,19 @@ def test_analyse_gives_one_clean_line_each(adapter):
         adapter.analyse(prompts, jax.random.key(0), max_new_tokens=10_000)
 
 
+def test_a_large_model_continues_fewer_prompts_at_a_time_and_says_the_same(adapter, monkeypatch):
+    prompts = [prompt_of(CAPTION, [i], 0.5) for i in range(18)]
+    assert adapter.rows_at_once(640) == 64  # it is small
+    texts, shapes = adapter.analyse(prompts, jax.random.key(0), max_new_tokens=12), []
+    row = ra.empty_cache(adapter.config, adapter.base, 1, 640)
+    monkeypatch.setattr(ra, "CACHE_BYTES", 20 * sum(x.nbytes for x in row))
+    assert [adapter.rows_at_once(n) for n in (160, 640, 1280, 10**6)] == [64, 16, 8, 8]
+    monkeypatch.setattr(ra, "CACHE_BYTES", 1)
+    left_pad = ra.left_pad
+    monkeypatch.setattr(ra, "left_pad", lambda part: (shapes.append(len(part)), left_pad(part))[1])
+    assert adapter.analyse(prompts, jax.random.key(0), max_new_tokens=12) == texts and shapes == [8, 8, 2]
+
+
 def test_one_line_removes_control_characters():
     assert ra.one_line("  a\n\nb\tc\x00\x1b[31m\u200b d\ufffd ") == "a b c[31m d"
 

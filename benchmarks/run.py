@@ -128,6 +128,12 @@ SUITES = {
     "adapter": Suite((
         "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "exchanged", "random-analyses",
     ), "--rules-knowledge minecraft --adapter-temperature 0.5 --query-until 0.8 --eval-episodes 512"),
+    # The same with a real, small LLM: start the server first, docs/adapter.md says how.
+    "llm": Suite((
+        "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "exchanged",
+        "random-analyses",
+    ), "--llm http --llm-model smollm2 --llm-base-url http://127.0.0.1:18080/v1 --llm-concurrency 4 --llm-timeout 300 "
+       "--llm-cache none --adapter-temperature 0.5 --query-until 0.8 --eval-episodes 512 --total-timesteps 300000"),
     "comprehension": Suite(("guided", "cosine-actions", "success", "binary", "no-comprehension")),
     "toy": Suite(
         ("guided", "none"),
@@ -135,7 +141,7 @@ SUITES = {
         "--queries-per-phase 2 --eval-episodes 16 --adapter none --total-timesteps 2000",
     ),
 }  # fmt: skip
-SuiteName = Literal["main", "adapter", "comprehension", "toy"]
+SuiteName = Literal["main", "adapter", "llm", "comprehension", "toy"]
 FREE_FLAGS = {"run_dir", "resume", "exp_name", "track", "save_every"}  # these change no result
 
 
@@ -143,6 +149,7 @@ FREE_FLAGS = {"run_dir", "resume", "exp_name", "track", "save_every"}  # these c
 class Options:
     suite: SuiteName = "main"
     """main: the method, its controls and ablations; adapter: what it is worth to a guide that does not know the task;
+    llm: the same with a server that --llm http asks;
     comprehension: the scores; toy: a minute's check"""
     seeds: int = 5
     """seeds 1 to this"""

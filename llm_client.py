@@ -230,9 +230,10 @@ def build_messages(game: Game, caption: str, sub_goals: Sequence[int], analysis:
 
 
 def check_messages(game: Game) -> Messages:
-    """Returns a question as training asks them, and about as long: a server may take short ones only."""
+    """Returns a question as training asks them, and about as long: a server may take short ones only, and one that is
+    much longer leaves a small context no room for a reply."""
     caption = f"You see: {', '.join(game.facts)}."
-    analysis = f"The player may {', '.join(game.basic_sub_goals)}."
+    analysis = f"The player may {', '.join(game.basic_sub_goals[:3])}."  # each comes back in the form of a reply
     return build_messages(game, caption, range(len(game.sub_goals)), analysis)
 
 

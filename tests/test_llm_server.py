@@ -368,6 +368,8 @@ def test_the_prompt_shows_what_the_schema_wants(game):
     assert not follows_schema(game, form)  # placeholders: a copy is no reply
     form = form.replace("SUB-GOAL", game.sub_goals[0]).replace("FACT", game.facts[0])
     assert follows_schema(game, form.replace(f',"not {game.facts[0]}"', ""))
+    assert follows_schema(game, form) and not is_usable(game, form)  # no schema forbids a fact and its contrary
+    assert not follows_schema(game, form.replace(game.facts[0], "it is late"))
     assert not follows_schema(game, GOOD) and not follows_schema(game, '{"sub_goals": []}')
     assert not follows_schema(game, '{"sub_goals": [{"name": "fly", "because": []}]}')
 

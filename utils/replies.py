@@ -51,12 +51,16 @@ def is_usable(game: Game, text: str) -> bool:
 
 
 def follows_schema(game: Game, text: str) -> bool:
-    """Is the reply what `reply_schema` asks for? If not, the server ignored it."""
+    """Is the reply what `reply_schema` asks for? If not, the server ignored it.
+
+    It may be of no use all the same: a small model gives a fact and its contrary as reasons, which no schema forbids.
+    """
     try:
         items = json.loads(text)["sub_goals"]
-        in_form = bool(items) and all(set(item) == {"name", "because"} for item in items)
-        return in_form and is_usable(game, text)
-    except (ValueError, KeyError, TypeError, RecursionError):
+        in_form = all(set(item) == {"name", "because"} and item["name"] in game.sub_goals for item in items)
+        facts = {reason.removeprefix("not ") for item in items for reason in item["because"]}
+        return bool(items) and in_form and facts <= set(game.facts)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

@@ -249,7 +249,7 @@ def adapter_table(results: Results) -> str:
 
 def generated(results: Results) -> dict[tuple[Path, str], str]:
     """Every generated table: (file, name of its markers) -> text"""
-    of_adapter = load(SPEED / "adapter") if (SPEED / "adapter").exists() else {}
+    suites = {name: load(SPEED / name) if (SPEED / name).exists() else {} for name in ("adapter", "llm")}
     readme, docs = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
     adapter, speed = ROOT / "docs" / "adapter.md", ROOT / "docs" / "speed.md"
     return {
@@ -259,7 +259,7 @@ def generated(results: Results) -> dict[tuple[Path, str], str]:
         (ROOT / "docs" / "evaluate.md", "original"): original_table(results),
         (docs, "aggregate"): aggregate_table(results),
         (docs, "published"): published_table(results),
-        (adapter, "adapter"): adapter_table(of_adapter),
+        **{(adapter, name): adapter_table(found) for name, found in suites.items()},
         (adapter, "speed"): adapter_speed_table(),
         (speed, "throughput"): throughput_table(),
         (speed, "scale"): scale_table(),

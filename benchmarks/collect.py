@@ -7,6 +7,7 @@
                                                        no llm_calls
     advice                                             what the guide was told and said, means over the phases
                                                        (`advice`); {} without guidance
+    said                                               the first SAID analyses and replies of the last pause
     habits, original                                   of runs that evaluate.py played, in their own env and in the
                                                        original game: its files in short, or null
 
@@ -21,7 +22,12 @@ from typing import Any
 import numpy as np
 from run import VARIANTS, differing_flag, flags_of
 
+from utils import run_folder
+from utils.llm_http import clean
+
 CURVE_POINTS = 50
+SAID = 10  # analyses and replies that are kept
+LONGEST = 240  # characters of each
 Result = dict[str, Any]
 Results = dict[str, dict[int, Result]]  # variant -> seed -> result
 
@@ -47,6 +53,7 @@ def _read_run(folder: Path) -> Result:
         "summary": json.loads((folder / "summary.json").read_text()),
         "curve": curve(metrics),
         "advice": advice(metrics),
+        "said": said(run_folder.read_log(folder, "guidance.jsonl")),
         "habits": habits(folder / "eval.json"),
         "original": original(folder / "eval-crafter.json"),
     }
@@ -61,6 +68,21 @@ def advice(metrics: list[dict[str, Any]]) -> dict[str, float]:
     found = {name.partition("/")[2]: float(np.mean(values)) for name, values in columns.items() if values}
     stated, holding = (sum(m.get(f"guidance/rules_{name}") or 0 for m in metrics) for name in ("stated", "holding"))
     return found | ({"holding": holding / stated} if stated else {})
+
+
+def said(answers: list[dict[str, Any]]) -> list[list[str]]:
+    """[analysis, reply] of the last pause, the first SAID of them, none left out; one line each, long ones cut off."""
+    last = [answer for answer in answers if answer["phase"] == answers[-1]["phase"]]
+    texts = [(answer["analysis"], compact(answer["reply"]) or answer["error"]) for answer in last[:SAID]]
+    return [[clean(text, LONGEST) for text in pair] for pair in texts]
+
+
+def compact(reply: str) -> str:
+    """JSON without the white space that some models lay it out with; other text as it is."""
+    try:
+        return json.dumps(json.loads(reply), separators=(",", ":"))
+    except (ValueError, RecursionError):
+        return reply
 
 
 def habits(path: Path) -> dict[str, Any] | None:
@@ -151,7 +173,9 @@ def dumps(result: Result) -> str:
     """JSON with a line for each entry of the summary and each column of the curve."""
     entries = []
     for key, value in result.items():
-        if key in ("summary", "curve", "advice") or (key in ("habits", "original") and value):
+        if key == "said":
+            entries.append(' "said": [\n  ' + ",\n  ".join(json.dumps(pair) for pair in value) + "\n ]")
+        elif key in ("summary", "curve", "advice") or (key in ("habits", "original") and value):
             inner = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
             entries.append(f" {json.dumps(key)}: {{\n{inner}\n }}")
         else:

@@ -18,6 +18,7 @@ from utils.published import PUBLISHED
 FULL = "guided"  # the full method
 NO_LLM = ("rules", "random", "shuffled")  # guides that are none
 ALONE = ("no-adapter", "no-sft")  # what the suite `adapter` is compared with
+SAID = ("no-adapter", "no-sft", "experience")  # whose analyses and replies are shown
 COMPARED = {"episodic_return": "return", "score": "score", "training_score": "score in training"}
 ADVICE = {"comprehension": "{:.2f}", "agreement_after": "{:.2f}", "holding": "{:.2f}"}  # of `collect.advice`
 SPEED = ROOT / "benchmarks" / "results"  # adapter_speed.json, scale.json, throughput.json, throughput_64.json
@@ -247,6 +248,16 @@ def adapter_table(results: Results) -> str:
     return markdown(header, rows)
 
 
+def said_table(results: Results) -> str:
+    """What adapter and guide said in the last pause of the first seed, with an untuned adapter and with a tuned one."""
+    parts = []
+    for name in (name for name in SAID if name in results):
+        seed, result = next(iter(results[name].items()))
+        lines = [f"    {analysis or '(nothing)'}\n    -> {reply}" for analysis, reply in result.get("said", [])]
+        parts.append("\n\n".join([f"{what(name)}, seed {seed}:", *lines]))
+    return "\n\n".join(parts) or "not measured"
+
+
 def generated(results: Results) -> dict[tuple[Path, str], str]:
     """Every generated table: (file, name of its markers) -> text"""
     suites = {name: load(SPEED / name) if (SPEED / name).exists() else {} for name in ("adapter", "llm")}
@@ -260,6 +271,7 @@ def generated(results: Results) -> dict[tuple[Path, str], str]:
         (docs, "aggregate"): aggregate_table(results),
         (docs, "published"): published_table(results),
         **{(adapter, name): adapter_table(found) for name, found in suites.items()},
+        (ROOT / "docs" / "adapter_samples.md", "said"): said_table(suites["llm"]),
         (adapter, "speed"): adapter_speed_table(),
         (speed, "throughput"): throughput_table(),
         (speed, "scale"): scale_table(),

@@ -482,6 +482,27 @@ def test_what_the_guide_was_told_is_collected_as_means_of_phases():
     assert collect.advice([{}]) == {}
 
 
+def test_what_was_said_in_the_last_pause_is_kept_in_its_order_and_safe_to_show(tmp_path):
+    answers = [
+        {"phase": phase, "analysis": f"It is {phase}.{i}\x1b[31m\n", "reply": '{ "sub_goals" : [\n ] }', "error": ""}
+        for phase in (0, 3) for i in range(12)
+    ]  # fmt: skip
+    answers[12] |= {"reply": "", "error": "time-out"}
+    said = collect.said(answers)
+    assert len(said) == collect.SAID and said[0] == ["It is 3.0", "time-out"]
+    assert said[1] == ["It is 3.1", '{"sub_goals":[]}'] and collect.said([]) == []
+    assert collect.compact("{not JSON}") == "{not JSON}"
+    assert len(collect.said([answers[0] | {"reply": "a" * 999}])[0][1]) == collect.LONGEST
+    results = collect.load(write_results(tmp_path, **{"no-sft": [1.0], "experience": [2.0]}))
+    results["no-sft"][1]["said"] = [["", "time-out"], said[1]]
+    shown = tables.said_table(results).splitlines()
+    assert "seed 1:" in shown[0] and shown[2:4] == ["    (nothing)", "    -> time-out"] and shown[5] == "    It is 3.1"
+    assert tables.said_table({}) == "not measured"
+    path = tmp_path / "again.json"
+    path.write_text(collect.dumps(results["no-sft"][1]))
+    assert collect.read_result(path) == results["no-sft"][1]
+
+
 def test_the_table_of_the_adapter_compares_by_seed_with_no_adapter_and_an_untuned_one(tmp_path):
     folder = write_results(tmp_path, **{"no-adapter": [1.0, 2.0], "no-sft": [3.0], "experience": [4.0, 6.0, 8.0]})
     results = collect.load(folder)

@@ -5,8 +5,8 @@
     curve                                              columns global_step, episodic_return, score, llm_calls (so far)
                                                        at up to 50 of the run's phases; older results have no score and
                                                        no llm_calls
-    advice                                             what the guide was told and said, means over the phases
-                                                       (`advice`); {} without guidance
+    advice                                             what the guide was told and said (`advice`, `heard`); {} without
+                                                       guidance
     said                                               the first SAID analyses and replies of the last pause
     habits, original                                   of runs that evaluate.py played, in their own env and in the
                                                        original game: its files in short, or null
@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from run import VARIANTS, differing_flag, flags_of
 
+from envs import make_env
+from envs.game import Game
 from utils import run_folder
 from utils.llm_http import clean
 
@@ -47,13 +49,15 @@ def _read_run(folder: Path) -> Result:
         at = words.index("--run-dir")
         words = words[:at] + words[at + 2 :]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    answers = run_folder.read_log(folder, "guidance.jsonl")
+    game = make_env(config["flags"]["env_id"], 1).game
     return {
         "command": shlex.join(["python", "rladapter_ppo.py", *words]),
         **{name: config[name] for name in ("git_commit", "versions", "device", "num_cpus")},
         "summary": json.loads((folder / "summary.json").read_text()),
         "curve": curve(metrics),
-        "advice": advice(metrics),
-        "said": said(run_folder.read_log(folder, "guidance.jsonl")),
+        "advice": advice(metrics) | heard(game, answers),
+        "said": said(answers),
         "habits": habits(folder / "eval.json"),
         "original": original(folder / "eval-crafter.json"),
     }
@@ -68,6 +72,16 @@ def advice(metrics: list[dict[str, Any]]) -> dict[str, float]:
     found = {name.partition("/")[2]: float(np.mean(values)) for name, values in columns.items() if values}
     stated, holding = (sum(m.get(f"guidance/rules_{name}") or 0 for m in metrics) for name in ("stated", "holding"))
     return found | ({"holding": holding / stated} if stated else {})
+
+
+def heard(game: Game, answers: list[dict[str, Any]]) -> dict[str, float]:
+    """Shares of the replies: usable ones; of these, where an analysis names a sub-goal, those that advise what it names
+    first. {} without any."""
+    usable = [answer for answer in answers if not answer["error"]]
+    named = [(game.sub_goals_in_text(answer["analysis"]), answer["sub_goals"]) for answer in usable]
+    heeded = [game.sub_goals[goals[0]] in advised for goals, advised in named if goals]
+    shares = {"usable": len(usable) / len(answers)} if answers else {}
+    return shares | ({"heeded": float(np.mean(heeded))} if heeded else {})
 
 
 def said(answers: list[dict[str, Any]]) -> list[list[str]]:

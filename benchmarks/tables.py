@@ -20,7 +20,7 @@ NO_LLM = ("rules", "random", "shuffled")  # guides that are none
 ALONE = ("no-adapter", "no-sft")  # what the suite `adapter` is compared with
 SAID = ("no-adapter", "no-sft", "experience")  # whose analyses and replies are shown
 COMPARED = {"episodic_return": "return", "score": "score", "training_score": "score in training"}
-ADVICE = {"comprehension": "{:.2f}", "agreement_after": "{:.2f}", "holding": "{:.2f}"}  # of `collect.advice`
+ADVICE = dict.fromkeys(("comprehension", "agreement_after", "holding", "usable", "heeded"), "{:.2f}")  # of `Result`
 SPEED = ROOT / "benchmarks" / "results"  # adapter_speed.json, scale.json, throughput.json, throughput_64.json
 
 
@@ -235,7 +235,7 @@ def adapter_table(results: Results) -> str:
     rows = []
     header = ["The guide hears", "Name", "return: mean (each seed)", "score %", "score % in training"]
     header += [f"{key} minus `{other}` [95 %]" for other in ALONE for key in COMPARED.values()]
-    header += ["comprehension", "agreement", "rules that hold where asked"]
+    header += ["comprehension", "agreement", "rules that hold where asked", "usable replies", "replies that heed it"]
     for name, runs in results.items():
         returns, score = column(runs, "episodic_return"), column(runs, "score").mean()
         row = [what(name), f"`{name}`", f"**{returns.mean():.2f}** ({', '.join(f'{r:.2f}' for r in returns)})"]

@@ -482,6 +482,19 @@ def test_what_the_guide_was_told_is_collected_as_means_of_phases():
     assert collect.advice([{}]) == {}
 
 
+def test_the_replies_that_heed_an_analysis_are_counted_among_the_usable_ones():
+    game = collect.make_env("Toy-v0", 1).game
+    first, second = game.sub_goals[:2]
+    answers = [
+        {"analysis": f"Now {first}, then {second}.", "sub_goals": [second, first], "error": ""},
+        {"analysis": f"Now {first}.", "sub_goals": [second], "error": ""},
+        {"analysis": "", "sub_goals": [second], "error": ""},
+        {"analysis": f"Now {first}.", "sub_goals": [], "error": "time-out"},
+    ]
+    assert collect.heard(game, answers) == {"usable": 0.75, "heeded": 0.5}
+    assert collect.heard(game, answers[2:3]) == {"usable": 1.0} and collect.heard(game, []) == {}
+
+
 def test_what_was_said_in_the_last_pause_is_kept_in_its_order_and_safe_to_show(tmp_path):
     answers = [
         {"phase": phase, "analysis": f"It is {phase}.{i}\x1b[31m\n", "reply": '{ "sub_goals" : [\n ] }', "error": ""}
@@ -514,8 +527,8 @@ def test_the_table_of_the_adapter_compares_by_seed_with_no_adapter_and_an_untune
     rows = {row[1]: row[2:] for row in lines}
     assert list(rows)[2:] == ["`no-adapter`", "`no-sft`", "`experience`"]
     assert rows["`no-adapter`"] == [
-        "**1.50** (1.00, 2.00)", "3.0", "1.5", "", "", "", "-2.00", "-4.00", "-2.00", "", "", "",
+        "**1.50** (1.00, 2.00)", "3.0", "1.5", "", "", "", "-2.00", "-4.00", "-2.00", "", "", "", "", "",
     ]  # fmt: skip
     name = ["**6.00** (4.00, 6.00, 8.00)", "12.0", "6.0", "+3.50 [-2.85, +9.85]", "+7.00 [-5.71, +19.71]"]
-    assert rows["`experience`"] == [*name, "+3.50 [-2.85, +9.85]", "+1.00", "+2.00", "+1.00", "0.50", "", ""]
+    assert rows["`experience`"] == [*name, "+3.50 [-2.85, +9.85]", "+1.00", "+2.00", "+1.00", "0.50", "", "", "", ""]
     assert tables.adapter_table({}) == "not measured"

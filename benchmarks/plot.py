@@ -114,6 +114,11 @@ def plot_ablations(results: Results, path: Path) -> bool:
     return shown.keys() != {FULL} and plot_curves(shown, path)
 
 
+def plot_llm(_: Results, path: Path) -> bool:
+    """Learning curves with a real LLM, of the suite `llm`."""
+    return plot_curves(load(SPEED / "llm"), path)
+
+
 def plot_curves(results: Results, path: Path) -> bool:
     """Return, and score below, of the training episodes against env steps."""
     panels = [("episodic_return", RETURN), ("score", SCORE)]
@@ -286,6 +291,7 @@ FIGURES = {
     "results_achievements.png": plot_achievements,
     "results_habits.png": plot_habits,
     "results_aggregate.png": plot_aggregate,
+    "results_llm.png": plot_llm,
     "speed.png": plot_speed,
 }
 

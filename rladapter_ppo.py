@@ -164,6 +164,11 @@ class Args:
         return min(1 if phase == 0 else self.updates_per_phase, self.num_updates - updates_done)
 
     @property
+    def updates_that_ask(self) -> int:
+        """Counts the updates before which a pause still asks."""
+        return math.ceil(self.table.query_until * self.num_updates)
+
+    @property
     def learns(self) -> bool:
         """Is the adapter fine-tuned?"""
         return self.context.guided and self.sft.adapter != "none" and self.sft.sft_every > 0
@@ -870,8 +875,7 @@ def print_dry_run(args: Args, table: HostTable, env: Any, adapter: Any, situatio
         print(f"==== question {i}: adapter prompt\n{question.adapter_prompt}")
         for message in question.messages[i > 0 :]:  # the system message is the same in all of them
             print(f"---- {message['role']}\n{message['content']}")
-    updates_that_ask = math.ceil(args.table.query_until * args.num_updates)
-    pauses = min(updates_that_ask, 1) + max(0, -(-(updates_that_ask - 1) // args.updates_per_phase))
+    pauses = min(args.updates_that_ask, 1) + max(0, -(-(args.updates_that_ask - 1) // args.updates_per_phase))
     calls = pauses * args.table.queries_per_phase if args.context.guided else 0
     print(f"==== in {pauses} pauses {llm_client.estimate(args.llm, calls, questions)}")
 
@@ -897,7 +901,7 @@ def main(args: Args, run: runs.Run) -> dict[str, Any] | None:
         key_analyse, key_sft = phase_keys(key_phases, phase)
 
         # Pause: ask about situations that no advice serves, and about advice that is not understood
-        still_asks = asks and run.totals["global_step"] < args.table.query_until * args.num_updates * args.batch_size
+        still_asks = asks and run.totals["global_step"] < args.updates_that_ask * args.batch_size
         with run.timed("guidance"):
             questions = table.choose_questions(env, situations) if still_asks else []
             write_analyses(adapter, env.game, questions, key_analyse, args.sft.analyses)

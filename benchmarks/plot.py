@@ -18,7 +18,7 @@ import tyro
 from collect import Results, collect, column, load
 from run import CONTROLS, ROOT, VARIANTS, SuiteName
 from stats import bootstrap_band, bootstrap_interval, iqm, probability_of_improvement
-from tables import FULL, NO_LLM, SPEED, between_markers, generated, shares, throughput, watched
+from tables import FULL, NO_LLM, RESULTS, between_markers, generated, results_of, shares, throughput, watched
 
 from utils.published import HUMAN
 
@@ -116,7 +116,7 @@ def plot_ablations(results: Results, path: Path) -> bool:
 
 def plot_llm(_: Results, path: Path) -> bool:
     """Learning curves with a real LLM, of the suite `llm`."""
-    return plot_curves(load(SPEED / "llm"), path)
+    return plot_curves(results_of("llm"), path)
 
 
 def plot_curves(results: Results, path: Path) -> bool:
@@ -273,7 +273,7 @@ def plot_speed(_: Results, path: Path) -> bool:
         style = {"color": plt.get_cmap("tab10")(number % 10), "linestyle": "-" if name in OURS else ":"}
         ax.plot(*zip(*at, strict=True), marker="o", label=name, **style)
     ax.set(xscale="log", yscale="log", ylabel="env steps/s")
-    rows = json.loads((SPEED / "scale.json").read_text())["scale"]
+    rows = json.loads((RESULTS / "scale.json").read_text())["scale"]
     at = [(row["num_envs"], row["peak_memory_gb"]) for row in rows]
     memory.plot(*zip(*at, strict=True), color="black", marker="o")
     memory.set(ylim=(0, None), xlabel="parallel envs", ylabel="peak memory, GB\n(guided)")
@@ -310,7 +310,7 @@ def run(options: Options) -> None:
     """Raises ValueError, one line, for what can't work."""
     if options.out is None and (options.suite != "main" or options.results is not None):
         raise ValueError("--out: README shows the committed results of suite main; name a folder for any others")
-    folder = options.results or ROOT / "benchmarks" / "results" / options.suite
+    folder = options.results or RESULTS / options.suite
     if options.collect:
         runs_dir = options.runs_dir or ROOT / "runs" / options.suite
         written = collect(options.suite, runs_dir, folder, options.allow_dirty)

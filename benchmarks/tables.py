@@ -21,7 +21,12 @@ ALONE = ("no-adapter", "no-sft")  # what the suite `adapter` is compared with
 SAID = ("no-adapter", "no-sft", "experience")  # whose analyses and replies are shown
 COMPARED = {"episodic_return": "return", "score": "score", "training_score": "score in training"}
 ADVICE = dict.fromkeys(("comprehension", "agreement_after", "holding", "usable", "heeded"), "{:.2f}")  # of `Result`
-SPEED = ROOT / "benchmarks" / "results"  # adapter_speed.json, scale.json, throughput.json, throughput_64.json
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def results_of(suite: str) -> Results:
+    """The committed results of a suite; {} if there are none yet."""
+    return load(RESULTS / suite) if (RESULTS / suite).exists() else {}
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -164,7 +169,7 @@ def what(name: str) -> str:
 
 def adapter_speed_table() -> str:
     """The adapter beside torch."""
-    result = json.loads((SPEED / "adapter_speed.json").read_text())
+    result = json.loads((RESULTS / "adapter_speed.json").read_text())
     header = ["", "whole batch, s", "prefill, tokens/s", "decoding, tokens/s", "peak memory, GB"]
     names = ("total_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_gb")
     rows = [
@@ -177,7 +182,7 @@ def adapter_speed_table() -> str:
 def throughput() -> dict[str, Any]:
     """What benchmarks/throughput.py measured. The default number of envs was measured once more, more finely:
     throughput_64.json replaces what both have."""
-    older, newer = (json.loads((SPEED / f"{name}.json").read_text()) for name in ("throughput", "throughput_64"))
+    older, newer = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("throughput", "throughput_64"))
     result = older | newer
     for part in ("steps_per_second", "ratios"):
         result[part] = {n: column | newer[part].get(n, {}) for n, column in older[part].items()}
@@ -206,7 +211,7 @@ def throughput_table() -> str:
 
 def scale_table() -> str:
     """How a guided training's speed and memory change with the number of envs."""
-    result = json.loads((SPEED / "scale.json").read_text())
+    result = json.loads((RESULTS / "scale.json").read_text())
     rows = [
         [f"{row['num_envs']:,}", f"{row['steps_per_second']:,.0f}", f"{row['peak_memory_gb']:.2f}"]
         for row in result["scale"]
@@ -217,7 +222,7 @@ def scale_table() -> str:
 def gpu_table() -> str:
     """Trainings on a GPU, and the memory of the GPU that a guided one takes."""
     by_envs: dict[int, dict] = {}
-    for row in json.loads((SPEED / "gpu" / "scale.json").read_text())["scale"]:
+    for row in json.loads((RESULTS / "gpu" / "scale.json").read_text())["scale"]:
         by_envs.setdefault(row["num_envs"], {})[row["guidance"]] = row
     rows = []
     for num_envs, row in by_envs.items():
@@ -260,7 +265,7 @@ def said_table(results: Results) -> str:
 
 def generated(results: Results) -> dict[tuple[Path, str], str]:
     """Every generated table: (file, name of its markers) -> text"""
-    suites = {name: load(SPEED / name) if (SPEED / name).exists() else {} for name in ("adapter", "llm")}
+    suites = {name: results_of(name) for name in ("adapter", "llm")}
     readme, docs = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
     adapter, speed = ROOT / "docs" / "adapter.md", ROOT / "docs" / "speed.md"
     return {

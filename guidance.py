@@ -37,6 +37,8 @@ from utils.selection import farthest_first
 from utils.trials import MIN_VISITS, WITH
 
 OUTCOME_DECAY = 0.9  # what a visit of the phase before still counts: its policy is gone
+SELDOM = 1 / 1000  # times a step that advice is expected to be followed at least, to be worth its row
+IDLE = 0.2  # successes that are expected of a row in each phase, met or not
 MAX_ASKED = 4096  # situations asked about that are remembered
 MAX_ANALYSES = 512  # latest analyses that fine-tuning chooses from
 
@@ -85,6 +87,8 @@ def empty_rows(num_rows: int, obs_size: int, game: Game) -> SimpleNamespace:
         goal=np.zeros(num_rows, np.int32),  # the advised sub-goal
         advice_id=np.zeros(num_rows, np.int64),  # tells advice from the next one in this row
         times_asked=np.zeros(num_rows, np.int32),  # how often it was asked about again
+        age=np.zeros(num_rows, np.int32),  # phases since it was written
+        times_stated=np.zeros(num_rows, np.int32),  # in how many replies it was advised
         times_tried=np.zeros(num_rows, np.int32),  # in how many phases it was on trial
         before=np.zeros((num_rows, num_rows), np.int32),  # in how many replies it stood before that row
         trial=np.zeros(arms),  # sums over phases of difference / variance and of 1 / variance
@@ -218,7 +222,7 @@ class HostTable:
             self.holding += not (care & (truth != question.situation)).any()
             row = self._row_with(goal, care, truth)
             if row is None:
-                row = self._least_used_row(taken=list(question.rows.values()))
+                row = self._row_to_write(taken=list(question.rows.values()))
                 if row is None:
                     break  # the table is smaller than this answer
                 advice_id = self.rows.advice_id.max() + 1
@@ -228,6 +232,7 @@ class HostTable:
                 self.rows.obs[row], self.rows.situation[row] = question.obs, question.situation
                 self.rows.care[row], self.rows.truth[row], self.rows.goal[row] = care, truth, goal
                 self.rows.valid[row], self.rows.advice_id[row] = True, advice_id
+            self.rows.times_stated[row] += 1
             self.rows.before[list(question.rows.values()), row] += 1
             question.rows[goal] = row
         question.because = [self.reasons_text(row) for row in question.rows.values()]
@@ -255,12 +260,27 @@ class HostTable:
         same = (rows.care == care).all(1) & (rows.truth == truth).all(1) & rows.valid & (rows.goal == goal)
         return int(same.argmax()) if same.any() else None
 
-    def _least_used_row(self, taken: list[int]) -> int | None:
-        """Finds a row to write into: an empty one first, then the one used least."""
-        use = np.where(self.rows.valid, 1 + self.rows.visits.sum(1), 0.0)
-        use[taken] = np.inf
-        row = int(use.argmin())
+    def _row_to_write(self, taken: list[int]) -> int | None:
+        """Finds a row to write into: an empty one first, then the one that is worth least."""
+        worth = np.where(self.rows.valid, self.worth(), 0.0)
+        worth[taken] = np.inf
+        row = int(worth.argmin())
         return None if row in taken else row
+
+    def worth(self) -> np.ndarray:
+        """Returns (K,) how much more often rows' sub-goals are reached where they are advised than at any time.
+
+        By steps, and with a success in advance for each time that the guide said so, and one expected: new advice is
+        worth 1. What is advised at all times is reached there as often as ever, what names the wrong time less often.
+        A sub-goal without a detector is never reached; and advice that is never met is worth a little less each phase.
+        """
+        rows = self.rows
+        steps, reached = rows.steps.sum(1), rows.reached.sum(1)  # (K,), (K, G)
+        basic = rows.goal < self.game.num_basic
+        goal = np.where(basic, rows.goal, 0)
+        usual = (reached.sum(0) / max(steps.sum(), 1.0))[goal] * basic
+        own = reached[np.arange(len(goal)), goal] * basic
+        return (own + rows.times_stated) / (steps * np.maximum(usual, SELDOM) + 1 + IDLE * rows.age)
 
     # ---- after a phase
 
@@ -268,6 +288,7 @@ class HostTable:
         """Folds in one phase's sums (`row_outcomes`); older ones fade."""
         sums = {name: np.asarray(value, np.float64) for name, value in outcomes.items()}
         self.rows.trial *= OUTCOME_DECAY
+        self.rows.age += 1
         if sums:
             self.rows.trial += trials.phase_trial(sums)
         for name, value in sums.items():
@@ -333,6 +354,8 @@ class HostTable:
         rows, prompts = found.held_out(self._prompts(env))
         if not prompts:
             return {}
+        most = adapter.affordable_analyses(prompts)
+        rows, prompts = rows[:most], prompts[:most]
         named = [game.sub_goals_in_text(text) for text in adapter.analyse(prompts, key)]
         measured = {f"agreement_{when}": found.agreement(rows, named)}
         if when == "before":
@@ -385,6 +408,8 @@ class HostTable:
         found = rest.get("found", 0)
         self.found.load_state(arrays, found)
         arrays.setdefault("truth", arrays["situation"])  # older runs kept only rules that held where asked
+        arrays.setdefault("age", np.zeros_like(arrays["times_asked"]))
+        arrays.setdefault("times_stated", np.ones_like(arrays["times_asked"]))
         self.asked, self.num_asked = arrays.pop("asked"), rest["num_asked"]
         self.stated, self.holding = rest.get("rules", (0, 0))
         self.rows = SimpleNamespace(**arrays)

@@ -27,7 +27,8 @@ MAX_REMEMBERED = 4096  # situations, the latest
 HELD_OUT = 32  # of the latest phase's situations: these only measure
 RIDGE = 10.0  # strength of the prior of `usual`: as many situations in which nothing was earned
 MIN_TIMES = 5  # a sub-goal was reached so often before anything is said of what it takes
-ALWAYS, OFTEN = 0.99, 0.8  # share of these times from which a fact counts as needed, unless it is true so often anyway
+ALWAYS, OFTEN = 0.99, 0.7  # share of these times from which a fact counts as needed, unless it is true so often anyway
+IMPLIED = 0.9  # share of the steps with one fact from which another one that is true then adds nothing
 PAYS = 0.5  # reward of a step from which what was reached in it was paid for: an achievement brings 1
 OTHERS = 2  # sub-goals of which experience says what they take, beside the one that it suggests
 MAX_FACTS = 5  # that a sentence says of what a sub-goal takes, the rarest ones
@@ -136,9 +137,9 @@ class Found:
         always = (arrays.true_then[goal] >= ALWAYS * arrays.times[goal]) & (true < OFTEN * steps)
         found: list[int] = []
         for i in sorted(np.flatnonzero(always).tolist(), key=lambda i: (true[i], i)):
-            if not any(arrays.together[i, other] >= ALWAYS * true[other] for other in found):
+            if not any(arrays.together[i, other] >= IMPLIED * true[other] for other in found):
                 found.append(i)
-        new = (arrays.brought[goal] >= ALWAYS * max(arrays.followed[goal], MIN_TIMES)) & (true > (1 - OFTEN) * steps)
+        new = arrays.brought[goal] >= ALWAYS * max(arrays.followed[goal], MIN_TIMES)
         brought = [i for i in np.argsort(-true, kind="stable").tolist() if new[i]]
         return [self.game.facts[i] for i in found[:MAX_FACTS]] + [f"not {self.game.facts[i]}" for i in brought[:1]]
 
@@ -163,9 +164,14 @@ class Found:
         return list(pairs)
 
     def experience(self, goal: int, takes: Sequence[list[str]], rng: np.random.Generator) -> list[str]:
-        """Returns sentences: what a sub-goal takes, if that is known, and what some others drawn by rng take."""
-        known = [i for i in rng.permutation(len(takes)).tolist() if i != goal and takes[i]]
-        others = [self.game.experience_text(takes[i], self.game.sub_goals[i]) for i in known[:OTHERS]]
+        """Returns sentences: what a sub-goal takes, if that is known, and what some others drawn by rng take.
+
+        The rarer ones more often: what is often reached needs no advice.
+        """
+        known = np.array([i for i, facts in enumerate(takes) if i != goal and facts], int)
+        chance = 1 / np.sqrt(np.maximum(self.arrays.times[known], 1))
+        drawn = rng.choice(known, min(OTHERS, len(known)), replace=False, p=chance / chance.sum()) if len(known) else []
+        others = [self.game.experience_text(takes[i], self.game.sub_goals[i]) for i in drawn]
         return [self.game.experience_text(takes[goal])] * bool(takes[goal]) + others
 
     def worth_saying(self, i: int) -> int | None:

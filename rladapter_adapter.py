@@ -77,8 +77,7 @@ class SftArgs:
     sft_data: Literal["best", "all", "hindsight", "experience"] = "best"
     """what the adapter is fine-tuned on, 512 pairs at most. best: analyses that (1) name a sub-goal (2) that the guide
     then advised, (3) in advice that won its trial; all: all analyses, as in the paper; hindsight: what the player did
-    next in situations where that paid; experience: the same, and what these sub-goals were found to take. With the last
-    two it says nothing before it has learned something"""
+    next in situations where that paid; experience: the same, and what these sub-goals were found to take"""
     sft_max_tokens: int | None = None
     """tokens that a fine-tuning may read, the most telling examples first; default: what takes about 1e12
     floating-point operations, 150,000 for the tiny adapter, 930 (and no fewer than 8 pairs) for one of 135M"""
@@ -125,7 +124,7 @@ def adapter_prompt(game: Game, caption: str, sub_goals: Sequence[int], comprehen
 
 def write_analyses(adapter: Any, game: Game, questions: Sequence[Any], key: jax.Array, control: str = "own") -> None:
     """Sets `adapter_prompt` and `analysis` of `llm_client.Question`s, all in one batch; control: as --analyses."""
-    if not (questions and adapter.speaks):
+    if not questions:
         return
     prompts = [adapter_prompt(game, q.caption, q.sub_goals, q.comprehension) for q in questions]
     analyses = adapter.analyse(prompts, key)
@@ -535,7 +534,7 @@ def sft_step(
 class NoAdapter:
     """Stands in for an adapter with `--adapter none`: says nothing, learns nothing."""
 
-    cut_prompts, speaks = 0, True
+    cut_prompts = 0
 
     def analyse(self, prompts: Sequence[str], key: jax.Array) -> list[str]:
         return [""] * len(prompts)
@@ -571,7 +570,6 @@ class Adapter:
         self.prefix: Any = None  # the keys and values of these; None again when the weights change
         self.temperature, self.max_tokens = SftArgs.adapter_temperature, SftArgs.adapter_max_tokens
         self.sft_tokens: int | None = None  # that a fine-tuning may read
-        self.waits = False  # does it say nothing before it has learned something?
         self.warned: set[str] = set()  # kinds of warnings that were printed
 
     def encode_example(self, prompt: str, response: str) -> Text:
@@ -584,11 +582,6 @@ class Adapter:
     def cut_prompts(self) -> int:
         """Counts the prompts so far that were too long for the context."""
         return self.chat.num_cut
-
-    @property
-    def speaks(self) -> bool:
-        """False where it is to learn from play first, and has not: LoRA's B are zero."""
-        return not self.waits or any(bool(jnp.any(x)) for name, x in self.lora["lora"].items() if name.endswith("_b"))
 
     def prefix_of(self, prompts: Sequence[list[int]]) -> tuple[int, Any]:
         """Returns how many tokens all prompts begin with, and their keys and values; or 0, None."""
@@ -664,6 +657,16 @@ class Adapter:
         """Returns how many tokens take SFT_COMPUTE: forward, again for rematerialised layers, and twice that back."""
         return int(SFT_COMPUTE / (8 * sum(value.size for value in jax.tree.leaves(self.base))))
 
+    def affordable_analyses(self, prompts: Sequence[str]) -> int:
+        """Returns how many of these can be analysed before and after a fine-tuning for what that itself may take.
+
+        A token that is read or written takes a quarter of one that is trained on. At least the smallest batch.
+        """
+        if self.sft_tokens is None or not prompts:
+            return len(prompts)
+        longest = max(len(self.chat.tokens(prompt)) for prompt in prompts) + self.max_tokens
+        return max(BATCH_BUCKETS[0], 4 * self.sft_tokens // (2 * longest))
+
     def room_for(self, max_new_tokens: int) -> int:
         """Returns how many tokens of a prompt the context has room for beside the new ones."""
         most = self.config.max_position_embeddings - 1
@@ -712,9 +715,10 @@ class Adapter:
             for epoch in range(epochs)
             for i, batch in enumerate(batches(training, SFT_ROWS, rng.permutation(len(training["tokens"]))))
         )
-        losses, finite, rate, self.prefix = [], True, jnp.float32(learning_rate), None
+        losses, finite, self.prefix = [], True, None
         good = self.lora, self.optimizer
         for key_step, batch in steps:
+            rate = jnp.float32(learning_rate * (1 - len(losses) / total))
             lora, optimizer, value, finite = sft_step(
                 self.graphdef, loss, self.base, self.lora, self.optimizer, batch, rate, key_step
             )
@@ -813,7 +817,6 @@ def make_adapter(args: SftArgs, seed: int, game: Game) -> Adapter | NoAdapter:
     hint = "; or use --adapter none"
     adapter = open_adapter("--adapter", args.adapter, seed, hint, about(game), rank=args.lora_rank)
     adapter.temperature, adapter.max_tokens = args.adapter_temperature, args.adapter_max_tokens
-    adapter.waits = args.sft_every > 0 and args.sft_data in FROM_PLAY
     adapter.sft_tokens = args.sft_max_tokens or adapter.affordable_tokens()
     with naming(f"--adapter: cannot use {args.adapter}", hint):
         adapter.check_room()

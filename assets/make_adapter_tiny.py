@@ -89,9 +89,10 @@ UNDERSTOOD = {
     "unknown": ("How well {last} went is unknown.", "Advice on {last} has no score yet.", "No score for {last} yet."),
 }
 NO_ADVICE = ("There was no advice before.", "No advice was given before.")
-SHORT, TAKES = 0.3, 0.4  # shares of the analyses that are nothing but the suggestion, and that say what something takes
+SHORT, TAKES = 0.3, 0.6  # shares of the analyses that are nothing but the suggestion, and that say what something takes
 BELIEVED = {goal: [fact for fact in facts if not fact.startswith("not ")] for goal, facts in BELIEFS}
 RANDOM = 0.3  # share of what is said to be taken that is drawn at random: all facts are words to be known
+UNTIL = 0.8  # share of what is said to be taken that ends with its not being done yet: "not unlocked collect wood"
 # Statements name things, not how many or where: the LLM has the caption too, and to copy numbers takes a larger model.
 STATEMENTS = {
     "see": ("It sees {}.", "There is {} in view."), "hold": ("It holds {}.", "It has {}."), "lack": ("It has no {}.",),
@@ -161,10 +162,13 @@ def write_analysis(
 
 
 def draw_takes(rng: np.random.Generator, goal: str) -> list[str]:
-    """Returns facts that a sub-goal is said to take."""
+    """Returns facts that a sub-goal is said to take; last often that it was not done yet in this life."""
     if BELIEVED.get(goal) and rng.random() > RANDOM:
-        return BELIEVED[goal]
-    return rng.permutation(words.FACTS)[: rng.integers(1, 5)].tolist()
+        facts = BELIEVED[goal]
+    else:
+        facts = rng.permutation(words.FACTS)[: rng.integers(1, 5)].tolist()
+    achievement = words.ACHIEVEMENTS[words.BASIC_SUB_GOALS.index(goal)].replace("_", " ")
+    return [*facts, *[f"not unlocked {achievement}"] * bool(rng.random() < UNTIL)]
 
 
 # ------------------------------------------------------------------------------------------- the model and its tokens

@@ -159,7 +159,8 @@ class Game:
         """Finds the sub-goals that an analysis names, as `sub_goals_in_text`, and the facts that each is said to take.
 
         "To mine iron takes iron in view." says it, and after naming it "It takes iron in view.", as `experience_text`.
-        What must be near is a place to go to (`destinations`): who waits until it is near never goes.
+        What must be near is a place to go to (`destinations`): who waits until it is near never goes. A sentence with
+        anything that is no fact, or with a fact and its contrary, is not heard.
         """
         heard: dict[int, tuple[str, ...]] = dict.fromkeys(self.sub_goals_in_text(text), ())
         named = None  # last
@@ -167,8 +168,10 @@ class Game:
             subject, takes, listed = sentence.partition("takes ")
             named = (self.sub_goals_in_text(subject) or [named])[-1]
             if takes and named is not None:
-                facts = [self.read_fact(name) for name in listed.split(",")]
-                texts = [("" if fact[1] else "not ") + self.facts[fact[0]] for fact in facts if fact]
+                facts = [self.read_fact(name) for name in listed.split(",") if name.count("not ") < 2]
+                if len(facts) <= listed.count(",") or None in facts or len(dict(facts)) < len(set(facts)):
+                    continue
+                texts = [("" if true else "not ") + self.facts[i] for i, true in facts]
                 heard[named] = tuple(dict.fromkeys(self.destinations.get(text, text) for text in texts))
         return heard
 

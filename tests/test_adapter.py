@@ -1218,18 +1218,6 @@ def test_a_pause_whose_analyses_name_nothing_warns_once(capsys, monkeypatch):
     assert pause() == ""
 
 
-@pytest.mark.parametrize("data, every, at_first", [("best", 4, True), ("experience", 0, True), ("hindsight", 4, False)])
-def test_an_adapter_that_is_to_learn_from_play_says_nothing_before_it_has(data, every, at_first, folder):
-    made = ra.make_adapter(ra.SftArgs(adapter=str(folder), sft_data=data, sft_every=every), 1, CRAFTER)
-    question = Question(np.zeros(1, np.uint8), np.zeros(1, bool), [], None, caption="x")
-    ra.write_analyses(made, CRAFTER, [question], jax.random.key(0))
-    assert made.speaks == at_first == bool(question.adapter_prompt)
-    made.finetune(TOYS * 4, jax.random.key(0))
-    assert made.speaks
-    ra.write_analyses(made, CRAFTER, [question], jax.random.key(0))
-    assert question.adapter_prompt and question.analysis
-
-
 # ------------------------------------------------------------------------------------------- words and budgets
 
 
@@ -1295,6 +1283,24 @@ def test_an_adapter_of_a_run_has_a_budget_by_its_size():
     size = sum(value.size for value in jax.tree.leaves(made.base))
     assert made.sft_tokens == int(ra.SFT_COMPUTE / (8 * size)) and 100_000 < made.sft_tokens < 200_000
     assert ra.make_adapter(ra.SftArgs(sft_max_tokens=77), 1, CRAFTER).sft_tokens == 77
+
+
+def test_what_is_measured_around_a_fine_tuning_is_within_its_budget_too(adapter):
+    prompts = ["one tree", "one tree and a cow"]
+    assert adapter.affordable_analyses(prompts * 50) == 100  # without a budget all
+    adapter.max_tokens, length = 10, len(adapter.chat.tokens(prompts[1]))
+    adapter.sft_tokens = 25 * (length + 10)  # twice as many take half of it: a token that is read, a quarter
+    assert adapter.affordable_analyses(prompts) == 50
+    adapter.sft_tokens = 1
+    assert adapter.affordable_analyses(prompts) == ra.BATCH_BUCKETS[0] and adapter.affordable_analyses([]) == 0
+
+
+def test_the_rate_of_a_fine_tuning_falls_to_nothing(adapter, monkeypatch):
+    rates = []
+    monkeypatch.setattr(ra, "sft_step", lambda graphdef, loss, base, lora, optimizer, batch, rate, key: (
+        rates.append(float(rate)), (lora, optimizer, jnp.float32(1), True))[1])  # fmt: skip
+    adapter.finetune([(f"{i} trees", "Chop.") for i in range(36)], jax.random.key(0), epochs=1, learning_rate=1.0)
+    assert rates == [1, 0.75, 0.5, 0.25]  # 32 pairs, four held out
 
 
 def test_controls_of_what_the_guide_is_given():

@@ -161,20 +161,43 @@ def test_tables_of_older_runs_are_read():
     table, other = table_of(), table_of()
     store(table, EMPTY_TREE, TREE)
     arrays, rest = table.state()
-    other.load_state({name: array for name, array in arrays.items() if name != "truth"}, rest)
+    since = "truth", "age", "times_stated"
+    other.load_state({name: array for name, array in arrays.items() if name not in since}, rest)
     facts = np.array([situation_of(EMPTY_TREE), situation_of([])])
     assert np.array_equal(other.fits(facts), table.fits(facts)) and table.fits(facts).any()
 
 
-def test_a_full_table_gives_up_the_row_that_is_used_least():
+def test_a_full_table_gives_up_the_row_that_is_worth_least():
     table = table_of()
     for row in range(8):
         assert store(table, [FACTS[row]], {"chop tree": [(FACTS[row], True)]}) == [row]
-    table.rows.visits[:, 1] = [9, 8, 1, 7, 6, 5, 4, 3]
+    table.rows.steps[:, 1] = 1000
+    table.rows.reached[:, 1, GOAL["chop tree"]] = [90, 80, 10, 70, 60, 50, 40, 30]
     assert store(table, ["dark"], {"sleep": []}) == [2]
-    assert table.rows.valid.all() and table.rows.visits[2].sum() == 0
+    assert table.rows.valid.all() and table.rows.steps[2].sum() == 0
     many = {goal: [("dark", True)] for goal in SUB_GOALS[:12]}
     assert len(store(table, ["dark"], many)) == 8  # an answer larger than the table
+
+
+def test_what_advice_is_worth():
+    """The right time for a rare sub-goal is worth most, the wrong time for it least; always is worth as much as new."""
+    table = table_of()
+    iron, tree, idle = GOAL["mine iron"], GOAL["chop tree"], slice(5, 8)
+    goals = [iron, iron, iron, tree, SUB_GOALS.index("survival"), *[iron] * 3]
+    rows = table.rows
+    rows.times_stated[:] = 1
+    rows.goal[:], rows.steps[:5, 1] = goals, [100, 10_000, 1000, 10_000, 5000]
+    rows.reached[:5, 1, iron] = 20, 20, 0, 20, 0  # 60 times in 26,100 steps
+    rows.reached[3, 1, tree] = 300
+    worth = table.worth()
+    assert worth[0] == pytest.approx(21 / (100 * 60 / 26_100 + 1))
+    assert worth[0] > worth[3] > worth[1] > worth[2] > worth[4]  # tree: 2.6 times as often as elsewhere
+    assert worth[4] == pytest.approx(1 / (5 + 1)) and np.all(worth[idle] == 1)
+    rows.times_stated[2] = 3  # the guide said it three times
+    assert table.worth()[2] == pytest.approx(3 * worth[2])
+    table.add_outcomes({})
+    assert np.all(table.worth()[idle] == pytest.approx(1 / 1.2))  # never met
+    assert worth[0] > 1 > worth[1]
 
 
 def test_arrays_that_were_assigned_are_saved_and_come_back():
@@ -506,7 +529,7 @@ def test_the_order_of_replies_becomes_the_urgency_of_rows():
     assert table.rows.before.sum() == 3
     for row in range(3, 8):
         store(table, [FACTS[row]], {"chop tree": [(FACTS[row], True)]})
-    table.rows.visits[:, 1] = [0, *[9] * 7]
+    table.rows.steps[0, 1] = 90_000  # and never followed
     store(table, ["asleep"], {"chop grass": [("asleep", True)]})  # over row 0
     assert not table.rows.before[0].any() and not table.rows.before[:, 0].any() and table.rows.before.sum() == 1
 

@@ -203,6 +203,18 @@ def test_experience_says_what_others_take_too(monkeypatch):
     assert found.examples("experience", 1, lambda obs, facts: "prompt")[0][1] == text
 
 
+def test_experience_says_more_often_what_rarer_ones_take():
+    found = Found(CRAFTER, 2)
+    tree, sleep, coal, iron = (GOAL[name] for name in ("chop tree", "sleep", "mine coal", "mine iron"))
+    found.arrays.times[[tree, sleep, coal]] = 1600, 1600, 4
+    takes = [["dark"] if goal in (tree, sleep, coal) else [] for goal in range(CRAFTER.num_basic)]
+    said = [found.experience(iron, takes, np.random.default_rng(i)) for i in range(200)]
+    assert {len(sentences) for sentences in said} == {2} and all(len(set(sentences)) == 2 for sentences in said)
+    times = [sum(f"To {CRAFTER.sub_goals[goal]} takes dark." in sentences for sentences in said) for goal in (tree, coal)]
+    assert times[0] < 0.7 * 200 and times[1] > 0.95 * 200
+    assert found.experience(coal, [[]] * 22, np.random.default_rng(0)) == []
+
+
 def test_agreement():
     found = Found(CRAFTER, 2)
     paying(found)
@@ -247,11 +259,15 @@ def test_a_table_keeps_what_was_found():
 class Parrot:
     """Names one sub-goal in every analysis."""
 
-    def __init__(self, goal):
-        self.text = ra.suggestion([goal])
+    def __init__(self, goal, most=100):
+        self.text, self.most, self.asked = ra.suggestion([goal]), most, 0
+
+    def affordable_analyses(self, prompts):
+        return self.most
 
     def analyse(self, prompts, key):
         assert all(ra.INSTRUCTION in prompt for prompt in prompts)
+        self.asked += len(prompts)
         return [self.text] * len(prompts)
 
 
@@ -263,6 +279,8 @@ def test_a_table_measures_what_an_adapter_names():
     assert before["agreement_possible"] == 0  # nothing that is possible there was reached
     assert table.agreement(Words(), Parrot("mine coal"), None, "after") == {"agreement_after": 0}
     assert table_of().agreement(Words(), Parrot("mine iron"), None, "before") == {}  # nothing is known yet
+    slow = Parrot("mine coal", most=2)
+    assert table.agreement(Words(), slow, None, "after") == {"agreement_after": 0} and slow.asked == 2
 
 
 def test_what_a_rollout_shows():

@@ -142,9 +142,14 @@ def test_what_an_analysis_says_is_read_in_any_order_and_only_where_it_is_named()
     assert CRAFTER.heard_in_text(after) == {GOAL["mine coal"]: ("coal known", "not dark")}
     twice = "Mine iron went badly. " + ra.suggestion(["sleep", "mine iron"]) + " It takes iron in view."
     assert CRAFTER.heard_in_text(twice) == {GOAL["mine iron"]: ("iron known",), GOAL["sleep"]: ()}
-    odd = "to SLEEP takes not energy full, nonsense, "
-    assert CRAFTER.heard_in_text(odd) == {GOAL["sleep"]: ("not energy full",)}
+    assert CRAFTER.heard_in_text("to SLEEP takes not energy full") == {GOAL["sleep"]: ("not energy full",)}
     assert CRAFTER.heard_in_text("It takes courage.") == {}
+
+
+@pytest.mark.parametrize("facts", ["dark, nonsense", "dark,", "not not dark", "dark, not dark", "not dark, wood >= 1, dark", ""])
+def test_what_is_garbled_is_not_heard(facts):
+    text = ra.suggestion(["sleep"]) + f" It takes {facts}. To mine coal takes {facts}. To chop tree takes dark, dark."
+    assert CRAFTER.heard_in_text(text) == {GOAL["sleep"]: (), GOAL["chop tree"]: ("dark",)}
 
 
 def test_what_is_advised_holds_but_for_what_the_analysis_says():

@@ -16,6 +16,7 @@ Sums of shape (K, 2, ...) are for steps WITHOUT and WITH the advice.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -322,7 +323,7 @@ class HostTable:
         then advised, in advice that has won its trial. hindsight, experience: of hindsight.py.
         """
         if sft_data in FROM_PLAY:
-            return self.found.examples(sft_data, MAX_ANALYSES, self._prompts(env))
+            return self.found.examples(sft_data, MAX_ANALYSES, self._prompts(env), self.believed())
         rows, won = self.rows, self.rows.valid & (self.trial_z() > trials.DECIDED_AT_SE)
         winners = set(rows.advice_id[won].tolist())
         chosen: dict[tuple[str, str], None] = {}
@@ -332,6 +333,14 @@ class HostTable:
             if sft_data == "all" or useful:
                 chosen[analysis.prompt, analysis.text] = None
         return list(chosen)
+
+    def believed(self) -> dict[int, list[str]]:
+        """Returns what the adapter's latest analyses said most often that sub-goals take, twice at least.
+
+        It is rehearsed as long as play has not shown better: what is not, fine-tuning makes it forget.
+        """
+        said = Counter(item for a in self.analyses for item in self.game.heard_in_text(a.text).items() if item[1])
+        return {goal: list(takes) for (goal, takes), times in reversed(said.most_common()) if times > 1}
 
     def _prompts(self, env: Any) -> Callable[[np.ndarray, np.ndarray], str]:
         """Returns a function that makes the adapter's prompt for a situation: obs (O,), facts (P,)."""

@@ -6,14 +6,14 @@
 
 *Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached and was paid for soon after,
 where that paid more than is usual in such a situation: what is often reached needs no advice. *Experience*: what
-was so whenever a sub-goal was reached and paid for. Both are made of what a player can see, of its rewards, and of
+was so whenever a sub-goal was reached and paid for; of sub-goals that were not, what the adapter believes anyway. Both are made of what a player can see, of its rewards, and of
 nothing that the game's rules say. No LLM is asked.
 
 M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of an observation.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,10 @@ HELD_OUT = 32  # of the latest phase's situations: these only measure
 RIDGE = 10.0  # strength of the prior of `usual`: as many situations in which nothing was earned
 MIN_TIMES = 5  # a sub-goal was reached so often before anything is said of what it takes
 ALWAYS, OFTEN = 0.99, 0.7  # share of these times from which a fact counts as needed, unless it is true so often anyway
-IMPLIED = 0.9  # share of the steps with one fact from which another one that is true then adds nothing
+IMPLIED = 0.75  # share of the steps with one fact from which another one that is true then adds nothing
 PAYS = 0.5  # reward of a step from which what was reached in it was paid for: an achievement brings 1
 OTHERS = 2  # sub-goals of which experience says what they take, beside the one that it suggests
+RARE = 25  # times from which a sub-goal is drawn less often for these
 MAX_FACTS = 5  # that a sentence says of what a sub-goal takes, the rarest ones
 
 
@@ -144,7 +145,11 @@ class Found:
         return [self.game.facts[i] for i in found[:MAX_FACTS]] + [f"not {self.game.facts[i]}" for i in brought[:1]]
 
     def examples(
-        self, source: str, most: int, prompt_of: Callable[[np.ndarray, np.ndarray], str]
+        self,
+        source: str,
+        most: int,
+        prompt_of: Callable[[np.ndarray, np.ndarray], str],
+        believed: Mapping[int, list[str]] = MappingProxyType({}),
     ) -> list[tuple[str, str]]:
         """Makes (prompt, analysis) pairs, the most telling first.
 
@@ -152,9 +157,10 @@ class Found:
             source: hindsight, or experience, which also says what this sub-goal takes, and what some others do
             most: pairs
             prompt_of: the adapter's prompt for obs (O,) and facts (P,)
+            believed: what sub-goals are said to take of which nothing is known yet
         """
-        arrays, pairs = self.arrays, {}
-        takes = [self.takes(goal) for goal in range(self.game.num_basic)] if source == "experience" else []
+        arrays, pairs, goals = self.arrays, {}, range(self.game.num_basic)
+        takes = [self.takes(i) or believed.get(i, []) for i in goals] if source == "experience" else []
         for i in self.most_telling()[:most]:
             goal = self.worth_saying(i)
             text = suggestion([self.game.sub_goals[goal]])
@@ -169,7 +175,7 @@ class Found:
         The rarer ones more often: what is often reached needs no advice.
         """
         known = np.array([i for i, facts in enumerate(takes) if i != goal and facts], int)
-        chance = 1 / np.sqrt(np.maximum(self.arrays.times[known], 1))
+        chance = 1 / np.sqrt(np.maximum(self.arrays.times[known], RARE))
         drawn = rng.choice(known, min(OTHERS, len(known)), replace=False, p=chance / chance.sum()) if len(known) else []
         others = [self.game.experience_text(takes[i], self.game.sub_goals[i]) for i in drawn]
         return [self.game.experience_text(takes[goal])] * bool(takes[goal]) + others

@@ -12,6 +12,7 @@ import rladapter_adapter as ra
 import rladapter_ppo as rl
 from envs.crafter import CRAFTER
 from envs.crafter.vocabulary import FACTS, NUM_BASIC
+from guidance import Analysis
 from hindsight import HORIZON, Found, look_ahead, usual
 
 GOAL, FACT = CRAFTER.sub_goal_numbers, CRAFTER.fact_numbers
@@ -213,6 +214,29 @@ def test_experience_says_more_often_what_rarer_ones_take():
     times = [sum(f"To {CRAFTER.sub_goals[goal]} takes dark." in sentences for sentences in said) for goal in (tree, coal)]
     assert times[0] < 0.7 * 200 and times[1] > 0.95 * 200
     assert found.experience(coal, [[]] * 22, np.random.default_rng(0)) == []
+
+
+def test_of_what_was_never_reached_it_says_what_the_adapter_believes():
+    table = table_of()
+    diamond, iron, sleep = "mine diamond", "mine iron", "sleep"
+
+    def said(*analyses):
+        table.analyses += [Analysis("prompt", text, []) for text in analyses]
+
+    said(f"To {diamond} takes dark.", f"To {sleep} takes dark.", f"To {iron} takes iron in view.")
+    assert table.believed() == {}  # once is chance
+    said(f"To {diamond} takes diamond in view, wood >= 1.", ra.suggestion([diamond]) + " It takes wood >= 1, dark.")
+    said(f"To {diamond} takes diamond in view, wood >= 1.", f"To {iron} takes iron in view. To {sleep} takes dark.")
+    believed = {GOAL[diamond]: ["diamond known", "wood >= 1"], GOAL[iron]: ["iron known"], GOAL[sleep]: ["dark"]}
+    assert table.believed() == believed
+    paying(table.found)
+    table.found.arrays.held[:] = False
+    known = counts(("iron in view", "dark"), {"iron in view": 90, "dark": 300}.items())
+    for name, value in known.items():
+        setattr(table.found.arrays, name, value)
+    (_, text), *_ = table.found.examples("experience", 1, lambda obs, facts: "prompt", believed)
+    heard = {CRAFTER.sub_goals[i]: list(takes) for i, takes in CRAFTER.heard_in_text(text).items()}
+    assert heard == {iron: ["iron known", "dark"], sleep: ["dark"], diamond: ["diamond known", "wood >= 1"]}
 
 
 def test_agreement():

@@ -88,7 +88,7 @@ def empty_rows(num_rows: int, obs_size: int, game: Game) -> SimpleNamespace:
         goal=np.zeros(num_rows, np.int32),  # the advised sub-goal
         advice_id=np.zeros(num_rows, np.int64),  # tells advice from the next one in this row
         times_asked=np.zeros(num_rows, np.int32),  # how often it was asked about again
-        age=np.zeros(num_rows, np.int32),  # phases since it was written
+        age=np.zeros(num_rows),  # phases since it was written; they fade too
         times_stated=np.zeros(num_rows, np.int32),  # in how many replies it was advised
         times_tried=np.zeros(num_rows, np.int32),  # in how many phases it was on trial
         before=np.zeros((num_rows, num_rows), np.int32),  # in how many replies it stood before that row
@@ -269,18 +269,18 @@ class HostTable:
         return None if row in taken else row
 
     def worth(self) -> np.ndarray:
-        """Returns (K,) how much more often rows' sub-goals are reached where they are advised than at any time.
+        """Returns (K,) how much more often rows' sub-goals are reached where rows hold than at any time.
 
         By steps, and with a success in advance for each time that the guide said so, and one expected: new advice is
-        worth 1. What is advised at all times is reached there as often as ever, what names the wrong time less often.
-        A sub-goal without a detector is never reached; and advice that is never met is worth a little less each phase.
+        worth 1. What holds at all times is reached there as often as ever, what names the wrong time less often. A
+        sub-goal without a detector is never reached; and what never holds is worth a little less each phase.
         """
-        rows = self.rows
-        steps, reached = rows.steps.sum(1), rows.reached.sum(1)  # (K,), (K, G)
-        basic = rows.goal < self.game.num_basic
-        goal = np.where(basic, rows.goal, 0)
-        usual = (reached.sum(0) / max(steps.sum(), 1.0))[goal] * basic
-        own = reached[np.arange(len(goal)), goal] * basic
+        rows, num_basic = self.rows, self.game.num_basic
+        steps = rows.steps.sum(1)
+        reached = np.pad(rows.reached.sum(1), ((0, 0), (0, 1)))  # (K, G + 1), last what has no detector
+        goal = np.minimum(rows.goal, num_basic)
+        usual = (reached.sum(0) / max(steps.sum(), 1.0))[goal]
+        own = reached[np.arange(len(goal)), goal]
         return (own + rows.times_stated) / (steps * np.maximum(usual, SELDOM) + 1 + IDLE * rows.age)
 
     # ---- after a phase
@@ -289,7 +289,7 @@ class HostTable:
         """Folds in one phase's sums (`row_outcomes`); older ones fade."""
         sums = {name: np.asarray(value, np.float64) for name, value in outcomes.items()}
         self.rows.trial *= OUTCOME_DECAY
-        self.rows.age += 1
+        self.rows.age = OUTCOME_DECAY * self.rows.age + 1
         if sums:
             self.rows.trial += trials.phase_trial(sums)
         for name, value in sums.items():
@@ -323,7 +323,8 @@ class HostTable:
         then advised, in advice that has won its trial. hindsight, experience: of hindsight.py.
         """
         if sft_data in FROM_PLAY:
-            return self.found.examples(sft_data, MAX_ANALYSES, self._prompts(env), self.believed())
+            believed = self.believed() if sft_data == "experience" else {}
+            return self.found.examples(sft_data, MAX_ANALYSES, self._prompts(env), believed)
         rows, won = self.rows, self.rows.valid & (self.trial_z() > trials.DECIDED_AT_SE)
         winners = set(rows.advice_id[won].tolist())
         chosen: dict[tuple[str, str], None] = {}
@@ -337,7 +338,7 @@ class HostTable:
     def believed(self) -> dict[int, list[str]]:
         """Returns what the adapter's latest analyses said most often that sub-goals take, twice at least.
 
-        It is rehearsed as long as play has not shown better: what is not, fine-tuning makes it forget.
+        It is rehearsed as long as play has not shown better: fine-tuning makes it forget what is not.
         """
         said = Counter(item for a in self.analyses for item in self.game.heard_in_text(a.text).items() if item[1])
         return {goal: list(takes) for (goal, takes), times in reversed(said.most_common()) if times > 1}
@@ -363,8 +364,8 @@ class HostTable:
         rows, prompts = found.held_out(self._prompts(env))
         if not prompts:
             return {}
-        most = adapter.affordable_analyses(prompts)
-        rows, prompts = rows[:most], prompts[:most]
+        every = max(1, -(-len(prompts) // adapter.affordable_analyses(prompts)))
+        rows, prompts = rows[::every], prompts[::every]
         named = [game.sub_goals_in_text(text) for text in adapter.analyse(prompts, key)]
         measured = {f"agreement_{when}": found.agreement(rows, named)}
         if when == "before":
@@ -417,7 +418,7 @@ class HostTable:
         found = rest.get("found", 0)
         self.found.load_state(arrays, found)
         arrays.setdefault("truth", arrays["situation"])  # older runs kept only rules that held where asked
-        arrays.setdefault("age", np.zeros_like(arrays["times_asked"]))
+        arrays.setdefault("age", np.zeros(len(arrays["times_asked"])))
         arrays.setdefault("times_stated", np.ones_like(arrays["times_asked"]))
         self.asked, self.num_asked = arrays.pop("asked"), rest["num_asked"]
         self.stated, self.holding = rest.get("rules", (0, 0))

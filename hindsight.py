@@ -6,8 +6,8 @@
 
 *Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached and was paid for soon after,
 where that paid more than is usual in such a situation: what is often reached needs no advice. *Experience*: what
-was so whenever a sub-goal was reached and paid for; of sub-goals that were not, what the adapter believes anyway. Both are made of what a player can see, of its rewards, and of
-nothing that the game's rules say. No LLM is asked.
+was so whenever a sub-goal was reached and paid for; of the others what the adapter says of them anyway. What is
+found out comes of what a player can see, of its rewards, and of nothing that the game's rules say. No LLM is asked.
 
 M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of an observation.
 """
@@ -28,10 +28,9 @@ HELD_OUT = 32  # of the latest phase's situations: these only measure
 RIDGE = 10.0  # strength of the prior of `usual`: as many situations in which nothing was earned
 MIN_TIMES = 5  # a sub-goal was reached so often before anything is said of what it takes
 ALWAYS, OFTEN = 0.99, 0.7  # share of these times from which a fact counts as needed, unless it is true so often anyway
-IMPLIED = 0.75  # share of the steps with one fact from which another one that is true then adds nothing
+IMPLIED = 0.8  # share of the steps with a fact from which another one, true in these, adds nothing to it
 PAYS = 0.5  # reward of a step from which what was reached in it was paid for: an achievement brings 1
 OTHERS = 2  # sub-goals of which experience says what they take, beside the one that it suggests
-RARE = 25  # times from which a sub-goal is drawn less often for these
 MAX_FACTS = 5  # that a sentence says of what a sub-goal takes, the rarest ones
 
 
@@ -128,7 +127,8 @@ class Found:
     def takes(self, goal: int) -> list[str]:
         """Returns what was so whenever a sub-goal was reached and paid for, and is not so anyway; [] if unknown.
 
-        At most MAX_FACTS facts, the rarest, and none that another of them implies: "wood >= 2" and not "wood >= 1".
+        At most MAX_FACTS facts, the rarest, and none that is mostly there with another of them: "wood >= 2" and not
+        "wood >= 1".
         Last what it brought, "not " before it: "not unlocked collect drink". Who has it already need not set out.
         """
         arrays, steps = self.arrays, max(float(self.arrays.steps), 1.0)
@@ -159,26 +159,32 @@ class Found:
             prompt_of: the adapter's prompt for obs (O,) and facts (P,)
             believed: what sub-goals are said to take of which nothing is known yet
         """
-        arrays, pairs, goals = self.arrays, {}, range(self.game.num_basic)
-        takes = [self.takes(i) or believed.get(i, []) for i in goals] if source == "experience" else []
+        arrays, pairs = self.arrays, {}
+        known = {goal: facts for goal in range(self.game.num_basic) if (facts := self.takes(goal))}
+        believed = {goal: facts for goal, facts in believed.items() if arrays.times[goal] < MIN_TIMES}
         for i in self.most_telling()[:most]:
             goal = self.worth_saying(i)
             text = suggestion([self.game.sub_goals[goal]])
             if source == "experience":
-                text = " ".join([text, *self.experience(goal, takes, np.random.default_rng(i))])
+                text = " ".join([text, *self.experience(goal, known, believed, np.random.default_rng(i))])
             pairs[prompt_of(arrays.obs[i], arrays.facts[i]), text] = None
         return list(pairs)
 
-    def experience(self, goal: int, takes: Sequence[list[str]], rng: np.random.Generator) -> list[str]:
-        """Returns sentences: what a sub-goal takes, if that is known, and what some others drawn by rng take.
+    def experience(
+        self, goal: int, known: dict[int, list[str]], believed: dict[int, list[str]], rng: np.random.Generator
+    ) -> list[str]:
+        """Returns sentences: what a sub-goal takes, if that is known or believed, and what OTHERS drawn by rng take.
 
-        The rarer ones more often: what is often reached needs no advice.
+        One of these is a sub-goal of which something is only believed, if there is any; of the known ones the rarer
+        are drawn more often: what is often reached needs no advice.
         """
-        known = np.array([i for i, facts in enumerate(takes) if i != goal and facts], int)
-        chance = 1 / np.sqrt(np.maximum(self.arrays.times[known], RARE))
-        drawn = rng.choice(known, min(OTHERS, len(known)), replace=False, p=chance / chance.sum()) if len(known) else []
-        others = [self.game.experience_text(takes[i], self.game.sub_goals[i]) for i in drawn]
-        return [self.game.experience_text(takes[goal])] * bool(takes[goal]) + others
+        takes, some = believed | known, rng.permutation([i for i in believed if i != goal])[:1].astype(int)
+        rest = np.array([i for i in known if i != goal], int)
+        chance = 1 / np.sqrt(np.maximum(self.arrays.times[rest], 1))
+        num = min(OTHERS - len(some), len(rest))
+        drawn = rng.choice(rest, num, replace=False, p=chance / chance.sum()) if num else rest[:0]
+        named = [self.game.experience_text(takes[i], self.game.sub_goals[i]) for i in (*drawn, *some)]
+        return ([self.game.experience_text(takes[goal])] if goal in takes else []) + named
 
     def worth_saying(self, i: int) -> int | None:
         """Returns the rarest sub-goal that was paid for after a situation; where none was, that was reached."""

@@ -77,12 +77,13 @@ class SftArgs:
     sft_data: Literal["best", "all", "hindsight", "experience"] = "best"
     """what the adapter is fine-tuned on, 512 pairs at most. best: analyses that (1) name a sub-goal (2) that the guide
     then advised, (3) in advice that won its trial; all: all analyses, as in the paper; hindsight: what the player did
-    next in situations where that paid; experience: the same, and what these sub-goals were found to take"""
+    next in situations where that paid; experience: the same, and what sub-goals were found to take; of those that were
+    not reached yet, what it said itself most often"""
     sft_max_tokens: int | None = None
     """tokens that a fine-tuning may read, the most telling examples first; default: what takes about 1e12
     floating-point operations, 150,000 for the tiny adapter, 930 (and no fewer than 8 pairs) for one of 135M"""
     sft_learning_rate: float = 2e-4
-    """learning rate of Adam in the fine-tuning of the adapter"""
+    """learning rate of Adam at the start of each fine-tuning of the adapter; it falls to nothing within it"""
     lora_rank: int | None = None
     """rank of the LoRA matrices; default 8, or that of the LoRA folder given as --adapter"""
 
@@ -665,7 +666,7 @@ class Adapter:
         if self.sft_tokens is None or not prompts:
             return len(prompts)
         longest = max(len(self.chat.tokens(prompt)) for prompt in prompts) + self.max_tokens
-        return max(BATCH_BUCKETS[0], 4 * self.sft_tokens // (2 * longest))
+        return max(BATCH_BUCKETS[0], 2 * self.sft_tokens // longest)
 
     def room_for(self, max_new_tokens: int) -> int:
         """Returns how many tokens of a prompt the context has room for beside the new ones."""
@@ -691,6 +692,7 @@ class Adapter:
         """Fine-tunes LoRA on (prompt, response) pairs. Returns metrics, {} if there are no pairs.
 
         Of more pairs than --sft-max-tokens allows the first ones are taken. `report` is told how many steps are done.
+        The learning rate falls to nothing.
 
         The share `held_out` of the examples, at least one, only measures `nll_before` and `nll_after`:
         nats per response token, end token included. Fewer than four examples all measure and train.
@@ -927,7 +929,7 @@ def sft_command(
         data: JSON lines, {"prompt": ..., "response": ...}, as in a run's examples.jsonl
         out: folder to write; not needed with --epochs 0, which only measures
         epochs: passes over the training lines
-        learning_rate: learning rate of Adam
+        learning_rate: learning rate of Adam at the start; it falls to nothing
         held_out: share of the lines that only measures; 1 measures on all, with --epochs 0
         lora_rank: rank of new LoRA matrices; default 8, or as in the LoRA folder
         lora_alpha: LoRA's alpha, for a scale of alpha / rank; default 16, or as in the LoRA folder

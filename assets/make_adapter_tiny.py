@@ -89,7 +89,7 @@ UNDERSTOOD = {
     "unknown": ("How well {last} went is unknown.", "Advice on {last} has no score yet.", "No score for {last} yet."),
 }
 NO_ADVICE = ("There was no advice before.", "No advice was given before.")
-SHORT, TAKES = 0.3, 0.6  # shares of the analyses that are nothing but the suggestion, and that say what something takes
+SHORT, TAKES = 0.3, 0.6  # shares of the analyses that state nothing, and that say what something takes
 BELIEVED = {goal: [fact for fact in facts if not fact.startswith("not ")] for goal, facts in BELIEFS}
 RANDOM = 0.3  # share of what is said to be taken that is drawn at random: all facts are words to be known
 UNTIL = 0.8  # share of what is said to be taken that ends with its not being done yet: "not unlocked collect wood"

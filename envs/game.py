@@ -168,11 +168,13 @@ class Game:
             subject, takes, listed = sentence.partition("takes ")
             named = (self.sub_goals_in_text(subject) or [named])[-1]
             if takes and named is not None:
-                facts = [self.read_fact(name) for name in listed.split(",") if name.count("not ") < 2]
-                if len(facts) <= listed.count(",") or None in facts or len(dict(facts)) < len(set(facts)):
+                facts = [None if name.count("not ") > 1 else self.read_fact(name) for name in listed.split(",")]
+                if None in facts:
                     continue
                 texts = [("" if true else "not ") + self.facts[i] for i, true in facts]
-                heard[named] = tuple(dict.fromkeys(self.destinations.get(text, text) for text in texts))
+                texts = dict.fromkeys(self.destinations.get(text, text) for text in texts)
+                if not any(f"not {text}" in texts for text in texts):
+                    heard[named] = tuple(texts)
         return heard
 
     @staticmethod

@@ -200,6 +200,29 @@ def test_what_advice_is_worth():
     assert worth[0] > 1 > worth[1]
 
 
+def test_advice_that_works_is_worth_its_row_for_ever():
+    table = table_of()
+    table.rows.goal[:2], table.rows.valid[:2] = GOAL["mine iron"], True
+    table.rows.times_stated[:2] = 1
+    for _ in range(300):
+        seen = np.zeros((8, 2)), np.zeros((8, 2, NUM_BASIC))
+        seen[0][:2, 1], seen[1][:2, 1, GOAL["mine iron"]] = (100, 30_000), (2, 10)
+        for name, value in zip(("steps", "reached"), seen, strict=True):
+            array = getattr(table.rows, name)
+            array *= 0.9
+            array += value
+        table.rows.age = 0.9 * table.rows.age + 1
+    worth = table.worth()
+    assert worth[0] > 2 > 1 > worth[1]
+
+
+def test_a_rule_that_is_stated_again_counts_again():
+    table = table_of()
+    store(table, ["dark"], {"sleep": [("dark", True)]})
+    store(table, ["dark"], {"sleep": [("dark", True)], "chop tree": []})
+    assert table.rows.times_stated[:3].tolist() == [2, 1, 0]
+
+
 def test_arrays_that_were_assigned_are_saved_and_come_back():
     """A `__getattr__` over a dict of arrays once let an assignment make an attribute that no checkpoint saw."""
     table, other = table_of(), table_of()

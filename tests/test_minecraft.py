@@ -146,7 +146,10 @@ def test_what_an_analysis_says_is_read_in_any_order_and_only_where_it_is_named()
     assert CRAFTER.heard_in_text("It takes courage.") == {}
 
 
-@pytest.mark.parametrize("facts", ["dark, nonsense", "dark,", "not not dark", "dark, not dark", "not dark, wood >= 1, dark", ""])
+@pytest.mark.parametrize("facts", [
+    "dark, nonsense", "dark,", "not not dark", "dark, not dark", "not dark, wood >= 1, dark", "",
+    "iron in view, not iron known",
+])  # fmt: skip
 def test_what_is_garbled_is_not_heard(facts):
     text = ra.suggestion(["sleep"]) + f" It takes {facts}. To mine coal takes {facts}. To chop tree takes dark, dark."
     assert CRAFTER.heard_in_text(text) == {GOAL["sleep"]: (), GOAL["chop tree"]: ("dark",)}

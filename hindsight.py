@@ -124,25 +124,44 @@ class Found:
         facts, returns = self.arrays.facts[:most], self.arrays.returns[:most]
         return returns - usual(facts, returns) if most else returns
 
-    def takes(self, goal: int) -> list[str]:
-        """Returns what was so whenever a sub-goal was reached and paid for, and is not so anyway; [] if unknown.
+    def takes(self) -> dict[int, list[str]]:
+        """Returns what was so whenever a sub-goal was reached and paid for, and is not so anyway, where that is known.
 
         At most MAX_FACTS facts, the rarest, and none that is mostly there with another of them: "wood >= 2" and not
-        "wood >= 1".
-        Last what it brought, "not " before it: "not unlocked collect drink". Who has it already need not set out.
+        "wood >= 1". Last what it brought, "not " before it: who has that need not set out. An amount of what others
+        take, the largest ("not wood >= 2"), else what is there longest ("not unlocked collect drink").
         """
-        arrays, steps = self.arrays, max(float(self.arrays.steps), 1.0)
-        if arrays.times[goal] < MIN_TIMES:
-            return []
-        true = arrays.together.diagonal()
-        always = (arrays.true_then[goal] >= ALWAYS * arrays.times[goal]) & (true < OFTEN * steps)
+        goals, facts = np.flatnonzero(self.arrays.times >= MIN_TIMES).tolist(), self.game.facts
+        needs = {goal: self._needs(goal) for goal in goals}
+        amounts = {}  # of each thing the largest that any sub-goal takes
+        for i in sorted({i for found in needs.values() for i in found if " >= " in facts[i]}, key=self._times_true):
+            amounts.setdefault(facts[i].partition(" >= ")[0], i)
+        texts = {}
+        for goal in goals:
+            brought = self._brought(goal)
+            wanted = [amounts[name] for i in brought if (name := facts[i].partition(" >= ")[0]) in amounts]
+            last = [i for i in wanted if i not in needs[goal]] or brought
+            texts[goal] = [facts[i] for i in needs[goal]] + [f"not {facts[i]}" for i in last[:1]]
+        return {goal: text for goal, text in texts.items() if text}
+
+    def _times_true(self, fact: int) -> float:
+        return float(self.arrays.together[fact, fact])
+
+    def _needs(self, goal: int) -> list[int]:
+        """Finds the facts that were true whenever a sub-goal was reached and paid for, the rarest first."""
+        arrays, true = self.arrays, self.arrays.together.diagonal()
+        always = (arrays.true_then[goal] >= ALWAYS * arrays.times[goal]) & (true < OFTEN * max(arrays.steps, 1.0))
         found: list[int] = []
         for i in sorted(np.flatnonzero(always).tolist(), key=lambda i: (true[i], i)):
             if not any(arrays.together[i, other] >= IMPLIED * true[other] for other in found):
                 found.append(i)
+        return [i for i in found if self.game.facts[i] not in self.game.doing][:MAX_FACTS]
+
+    def _brought(self, goal: int) -> list[int]:
+        """Finds the facts that became true whenever a sub-goal was reached and paid for, the most frequent first."""
+        arrays = self.arrays
         new = arrays.brought[goal] >= ALWAYS * max(arrays.followed[goal], MIN_TIMES)
-        brought = [i for i in np.argsort(-true, kind="stable").tolist() if new[i]]
-        return [self.game.facts[i] for i in found[:MAX_FACTS]] + [f"not {self.game.facts[i]}" for i in brought[:1]]
+        return [i for i in np.argsort(-arrays.together.diagonal(), kind="stable").tolist() if new[i]]
 
     def examples(
         self,
@@ -160,7 +179,7 @@ class Found:
             believed: what sub-goals are said to take of which nothing is known yet
         """
         arrays, pairs = self.arrays, {}
-        known = {goal: facts for goal in range(self.game.num_basic) if (facts := self.takes(goal))}
+        known = self.takes()
         believed = {goal: facts for goal, facts in believed.items() if arrays.times[goal] < MIN_TIMES}
         for i in self.most_telling()[:most]:
             goal = self.worth_saying(i)

@@ -56,6 +56,8 @@ class Game:
     """offline guides that know another game, by the value of --rules-knowledge"""
     destinations: Mapping[str, str] = field(default_factory=dict)
     """fact that holds where a sub-goal is reached -> the one with which to set out: "iron in view" -> "iron known" """
+    doing: tuple[str, ...] = ()
+    """facts that say what the player is doing: true while it works on a sub-goal, and no reason to set out"""
     acts: Mapping[str, str] = field(default_factory=dict)
     """which action a sub-goal is, where it is a single one that has another name"""
     sub_goal_aliases: Mapping[str, str] = field(default_factory=dict)

@@ -113,8 +113,8 @@ def test_what_a_sub_goal_takes_is_what_was_always_so_and_is_not_so_anyway():
     sums["together"][FACT["iron in view"], FACT["iron known"]] = 90  # seen is known: it need not be said
     sums["together"][FACT["iron known"], FACT["iron in view"]] = 90
     add(found, phase_of(), np.zeros((6, len(FACTS))), sums)
-    assert found.takes(GOAL["mine iron"]) == ["iron in view", "unlocked make stone pickaxe"]
-    assert found.takes(GOAL["mine coal"]) == []  # never reached
+    assert found.takes()[GOAL["mine iron"]] == ["iron in view", "unlocked make stone pickaxe"]
+    assert list(found.takes()) == [GOAL["mine iron"]]  # the others were never reached
 
 
 def test_what_it_brings_need_not_be_there_yet():
@@ -125,18 +125,39 @@ def test_what_it_brings_need_not_be_there_yet():
         sums["brought"][GOAL["mine iron"], FACT[name]] = times
     found = Found(CRAFTER, 2)
     add(found, phase_of(), np.zeros((6, len(FACTS))), sums)
-    assert found.takes(GOAL["mine iron"]) == ["iron in view", "not unlocked collect iron"]
+    assert found.takes()[GOAL["mine iron"]] == ["iron in view", "not unlocked collect iron"]
     sums["brought"][GOAL["mine iron"], FACT["unlocked collect iron"]] = 20  # every second time it was there before
     found = Found(CRAFTER, 2)
     add(found, phase_of(), np.zeros((6, len(FACTS))), sums)
-    assert found.takes(GOAL["mine iron"]) == ["iron in view", "not iron >= 1"]
+    assert found.takes()[GOAL["mine iron"]] == ["iron in view", "not iron >= 1"]
+
+
+def test_what_others_take_is_got_whenever_it_is_lacking():
+    """Coal brings "coal >= 1", which iron tools take: mine it while there is none, in each life more than once."""
+    coal, tool, sleep = (GOAL[name] for name in ("mine coal", "make iron sword", "sleep"))
+    base = [("coal in view", 90), ("coal >= 1", 100), ("unlocked collect coal", 500), ("asleep", 100), ("dark", 300)]
+    sums = counts((), base) | {"brought": np.zeros((NUM_BASIC, len(FACTS))), "followed": np.zeros(NUM_BASIC)}
+    for goal, name in ((coal, "coal in view"), (sleep, "asleep"), (sleep, "dark")):
+        sums["true_then"][goal, FACT[name]] = 40
+    for name in ("unlocked collect coal", "coal >= 1"):
+        sums["brought"][coal, FACT[name]] = 40
+    sums["times"][[coal, sleep]] = sums["followed"][[coal, sleep]] = 40
+    found = Found(CRAFTER, 2)
+    add(found, phase_of(), np.zeros((6, len(FACTS))), sums)
+    assert found.takes()[coal] == ["coal in view", "not unlocked collect coal"]  # nobody takes it yet
+    assert found.takes()[sleep] == ["dark"]  # asleep is what it is doing
+    found.arrays.times[tool], found.arrays.true_then[tool, FACT["coal >= 1"]] = 9, 9
+    assert found.takes()[coal] == ["coal in view", "not coal >= 1"] and found.takes()[tool] == ["coal >= 1"]
+    found.arrays.together[FACT["coal >= 2"], FACT["coal >= 2"]] = 50
+    found.arrays.times[20], found.arrays.true_then[20, FACT["coal >= 2"]] = 9, 9
+    assert found.takes()[coal] == ["coal in view", "not coal >= 2"]  # as much as any takes
 
 
 def test_too_few_times_say_nothing():
     found = Found(CRAFTER, 2)
     sums = counts(["iron in view"], [("iron in view", 90)], times=hindsight.MIN_TIMES - 1)
     add(found, phase_of(), np.zeros((6, len(FACTS))), sums)
-    assert found.takes(GOAL["mine iron"]) == []
+    assert found.takes() == {}
 
 
 def paying(found):
@@ -187,7 +208,7 @@ def test_what_is_mostly_there_with_another_fact_is_not_said(together, said):
     for pair in (names, names[::-1]):
         sums["together"][FACT[pair[0]], FACT[pair[1]]] = together
     add(found, phase_of(), np.zeros((6, len(FACTS))), sums)
-    assert found.takes(GOAL["mine iron"]) == said
+    assert found.takes()[GOAL["mine iron"]] == said
 
 
 def test_experience_says_what_it_takes_in_words_that_are_read_back():
@@ -206,8 +227,8 @@ def test_experience_says_what_others_take_too(monkeypatch):
     found = Found(CRAFTER, 2)
     paying(found)
     found.arrays.held[:] = False
-    takes = {"mine iron": ["iron in view"], "sleep": ["dark"], "mine coal": ["coal in view"], "drink water": []}
-    monkeypatch.setattr(found, "takes", lambda goal: takes.get(CRAFTER.sub_goals[goal], []))
+    takes = {"mine iron": ["iron in view"], "sleep": ["dark"], "mine coal": ["coal in view"]}
+    monkeypatch.setattr(found, "takes", lambda: {GOAL[name]: facts for name, facts in takes.items()})
     (_, text), *_ = found.examples("experience", 1, lambda obs, facts: "prompt")
     heard = {CRAFTER.sub_goals[i]: list(takes) for i, takes in CRAFTER.heard_in_text(text).items()}
     assert heard == {"mine iron": ["iron known"], "sleep": ["dark"], "mine coal": ["coal known"]}

@@ -35,6 +35,7 @@ CRAFTER = Game(
     kinds=vocabulary.KINDS,
     things=rules.THINGS,
     destinations=vocabulary.DESTINATIONS,
+    doing=("asleep",),
     acts={"place crafting table": "place table"},
     advise=rules.advise,
     believers={"minecraft": minecraft.advise},

@@ -53,6 +53,9 @@ class TableArgs:
     paper"""
     guidance_rows: int = 64
     """rows of the guidance table, one for each piece of advice"""
+    guidance_support: int = 1
+    """replies of the guide that advice must stand in before the player is given it; with 2 what a small LLM makes up
+    once is not"""
     queries_per_phase: int = 16
     """questions to the guide at a pause, at most"""
     query_until: float = 1.0
@@ -68,7 +71,10 @@ class TableArgs:
     """text embedding of the sub-goals' names. hash: needs no model; else a BERT's folder or hub id"""
 
 
-LIMITS = {"guidance_rows": (1, 2**12), "queries_per_phase": (0, 2**16), "query_until": (0.0, 1.0)}
+LIMITS = {
+    "guidance_rows": (1, 2**12), "guidance_support": (1, 2**16),
+    "queries_per_phase": (0, 2**16), "query_until": (0.0, 1.0),
+}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
@@ -146,7 +152,7 @@ class HostTable:
         rows = self.rows
         on_trial = [*on_trial, *[len(rows.valid)] * (trials.AT_ONCE - len(on_trial))]
         sign = np.where(rows.care, 1.0 - 2.0 * rows.truth, 0.0)
-        offset = (rows.care & rows.truth).sum(1) + NEVER * ~rows.valid
+        offset = (rows.care & rows.truth).sum(1) + NEVER * ~self.given()
         return GuidanceTable(
             weights=jnp.asarray(sign.T, jnp.float32),
             offset=jnp.asarray(offset, jnp.float32),
@@ -160,10 +166,14 @@ class HostTable:
 
     # ---- at a pause
 
+    def given(self) -> np.ndarray:
+        """Finds the rows that players are given where they fit (K,)."""
+        return self.rows.valid & (self.rows.times_stated >= self.args.guidance_support)
+
     def fits(self, facts: np.ndarray) -> np.ndarray:
         """Finds the rows whose reasons hold: (M, P) -> (M, K)."""
         wrong = (facts[:, None] != self.rows.truth) & self.rows.care
-        return self.rows.valid & (wrong.sum(-1) <= TOLERANCE)
+        return self.given() & (wrong.sum(-1) <= TOLERANCE)
 
     def choose_questions(self, env: Any, situations: dict[str, np.ndarray]) -> list[Question]:
         """Chooses situations unlike all asked about before, then those whose advice works worst.
@@ -233,7 +243,7 @@ class HostTable:
                 self.rows.obs[row], self.rows.situation[row] = question.obs, question.situation
                 self.rows.care[row], self.rows.truth[row], self.rows.goal[row] = care, truth, goal
                 self.rows.valid[row], self.rows.advice_id[row] = True, advice_id
-            self.rows.times_stated[row] += 1
+            self.rows.times_stated[row] += row not in question.rows.values()
             self.rows.before[list(question.rows.values()), row] += 1
             question.rows[goal] = row
         question.because = [self.reasons_text(row) for row in question.rows.values()]

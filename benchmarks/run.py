@@ -139,7 +139,8 @@ SUITES = {
         "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "exchanged",
         "random-analyses", "rules",
     ), "--llm http --llm-model smollm2 --llm-base-url http://127.0.0.1:18080/v1 --llm-concurrency 4 --llm-timeout 300 "
-       "--llm-cache none --adapter-temperature 0.5 --query-until 0.8 --eval-episodes 512 --total-timesteps 300000"),
+       "--llm-cache none --guidance-support 2 --adapter-temperature 0.5 --query-until 0.8 --eval-episodes 512 "
+       "--total-timesteps 300000"),
     "comprehension": Suite(("guided", "cosine-actions", "success", "binary", "no-comprehension")),
     "toy": Suite(
         ("guided", "none"),

@@ -216,6 +216,19 @@ def test_advice_that_works_is_worth_its_row_for_ever():
     assert worth[0] > 2 > 1 > worth[1]
 
 
+def test_advice_is_given_once_enough_replies_stated_it():
+    table = table_of(guidance_support=2)
+    dark, tree = [("dark", True)], [("tree in view", True)]
+    store(table, ["dark"], {"sleep": dark, "chop tree": tree})
+    facts = np.array([situation_of(["dark", "tree in view"])])
+    assert not table.fits(facts).any() and advised(table, ["dark", "tree in view"]) == [set()]
+    store(table, ["dark"], {"sleep": dark, "chop grass": dark})
+    assert advised(table, ["dark", "tree in view"]) == [{"sleep"}] and table.fits(facts).sum() == 1
+    assert table.rows.valid.sum() == 3  # the others are kept until they are said again
+    store(table, [], {"chop grass": dark})
+    assert advised(table, ["dark", "tree in view"]) == [{"sleep", "chop grass"}]
+
+
 def test_a_rule_that_is_stated_again_counts_again():
     table = table_of()
     store(table, ["dark"], {"sleep": [("dark", True)]})

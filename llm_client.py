@@ -19,6 +19,7 @@ import asyncio
 import functools
 import hashlib
 import json
+import lzma
 import re
 import sys
 import threading
@@ -90,7 +91,7 @@ class LlmArgs:
     llm_cache: Path | None = None
     """file of replies that are not asked for again; default llm.sqlite in $RLADAPTER_CACHE; none: no cache"""
     llm_replay: Path | None = None
-    """folder of the run that --llm replay repeats"""
+    """folder of the run that --llm replay repeats, or its guidance.jsonl, which may be packed: guidance.jsonl.xz"""
     llm_async: bool = False
     """ask the guide while the device trains; answers are used one phase later"""
 
@@ -481,7 +482,8 @@ class ReplayGuide(Guide):
     The same flags give the same training, bit for bit, without a server. Where a run with other flags asks something
     else, the answer to the same messages is looked up; where there is none, that question fails.
 
-    Raises ValueError, one line, if the folder has no guidance.
+    Takes a run's folder or its guidance.jsonl, which may be packed (.xz). Raises ValueError, one line, if there is no
+    guidance in it.
     """
 
     name = "replay"
@@ -493,17 +495,19 @@ class ReplayGuide(Guide):
         self.records: list[tuple[str, Reply]] = []
         try:
             # Not splitlines, which also splits at the line ends that JSON allows within a string.
-            for line in (folder / "guidance.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n"):
+            path = folder / "guidance.jsonl" if folder.is_dir() else folder
+            data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+            for line in data.decode("utf-8").rstrip("\n").split("\n"):
                 record = json.loads(line)
                 text, error, skipped = record["reply"], record["error"], record.get("skipped", False)
                 if not (isinstance(text, str) and isinstance(error, str) and isinstance(skipped, bool)):
                     raise TypeError
                 reply = Reply(text, error, cached=not error, skipped=skipped)
                 self.records.append((json.dumps(record["messages"]), reply))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, lzma.LZMAError):
             pass  # a kill may have cut the last line off
         if not self.records:
-            raise ValueError(f"--llm-replay: {folder} has no readable guidance.jsonl")
+            raise ValueError(f"--llm-replay: {folder} has or is no readable guidance.jsonl")
         self.by_messages = {messages: reply for messages, reply in reversed(self.records) if not reply.error}
         self.position = 0
 

@@ -24,6 +24,8 @@ import stats  # noqa: E402
 import tables  # noqa: E402
 
 from envs.scores import score  # noqa: E402
+from envs.toy import TOY  # noqa: E402
+from llm_client import Question, ReplayGuide  # noqa: E402
 from utils import published  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -393,6 +395,22 @@ def test_a_second_start_keeps_what_is_finished_and_reports_what_fails(toy_runs, 
     assert done.returncode == 1 and "1 kept, 1 failed" in done.stdout
     assert "FAILED: none-1: error: --resume: no checkpoint of" in done.stderr
     assert (tmp_path / "runs" / "guided-1" / "summary.json").stat().st_mtime_ns == before
+
+
+def test_replay_of_a_collected_run(tmp_path):
+    """What was said is kept in a packed file, which --llm replay reads."""
+    question = Question(np.zeros(1, np.uint8), np.zeros(1, bool), [], None, messages=[{"role": "user", "content": "?"}])
+    said = '{"sub_goals":[]}'
+    record = {"messages": question.messages, "reply": said, "error": "", "skipped": False, "seconds": 1.5}
+    (tmp_path / "guidance.jsonl").write_text(json.dumps(record) + "\n")
+    packed = tmp_path / "guided-1.jsonl.xz"
+    packed.write_bytes(collect.packed_guidance(tmp_path / "guidance.jsonl"))
+    for path in (packed, tmp_path / "guidance.jsonl", tmp_path):
+        (reply,) = ReplayGuide(TOY, path).complete([question])
+        assert reply.text == said and not reply.error
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="^--llm-replay: .*has or is no readable guidance.jsonl"):
+        ReplayGuide(TOY, packed)
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, capsys):

@@ -545,6 +545,17 @@ def test_analyses_state_facts_of_the_caption_and_follow_the_score():
         assert any(text.startswith(start.format(last="drinking water")) for start in tiny.UNDERSTOOD[kind])
 
 
+def test_the_teacher_says_what_players_of_minecraft_believe_and_until_when():
+    rng, believed = np.random.default_rng(0), ["wood >= 4"]
+    drawn = [tiny.draw_takes(rng, "place crafting table") for _ in range(1000)]
+    until = [facts[-1] == "not unlocked place table" for facts in drawn]
+    assert abs(np.mean(until) - tiny.UNTIL) < 0.05
+    rest = [facts[:-1] if ends else facts for facts, ends in zip(drawn, until, strict=True)]
+    assert tiny.BELIEVED["place crafting table"] == believed
+    assert abs(np.mean([facts == believed for facts in rest]) - (1 - tiny.RANDOM)) < 0.05
+    assert all(CRAFTER.read_fact(fact) for facts in drawn for fact in facts)
+
+
 def test_the_tiny_adapter_is_made_by_its_script(tmp_path, monkeypatch):
     """A few steps of the real thing: same seed, same weights; the loss falls; a Hugging Face folder comes out."""
     monkeypatch.setattr(tiny, "ROWS", 2)

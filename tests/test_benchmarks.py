@@ -549,4 +549,6 @@ def test_the_table_of_the_adapter_compares_by_seed_with_no_adapter_and_an_untune
     ]  # fmt: skip
     name = ["**6.00** (4.00, 6.00, 8.00)", "12.0", "6.0", "+3.50 [-2.85, +9.85]", "+7.00 [-5.71, +19.71]"]
     assert rows["`experience`"] == [*name, "+3.50 [-2.85, +9.85]", "+1.00", "+2.00", "+1.00", "0.50", "", "", "", ""]
+    assert "minus `facts`" not in tables.adapter_table(results)
+    assert "minus `facts`" in tables.adapter_table(results | {"facts": results["no-sft"]})
     assert tables.adapter_table({}) == "not measured"

@@ -185,7 +185,8 @@ def test_ratio_is_one_in_crafter_over_the_ends_of_short_lives():
     args = rl.Args(num_envs=8, num_steps=8, num_minibatches=2, hidden_size=16, rnn_size=16, table=TABLE)
     env = SharedEnv(CraftaxEnv(pool_size=32, params=EnvParams(max_timesteps=5)))
     host_table = HostTable(TABLE, env)
-    host_table.rows.valid[:3], host_table.rows.goal[:3] = True, [0, 3, 4]  # advice for all: tree, grass, water
+    rows = host_table.rows
+    rows.valid[:3], rows.times_stated[:3], rows.goal[:3] = True, 1, [0, 3, 4]  # advice for all: tree, grass, water
     table = host_table.for_evaluation()
     agent, params = rl.make_agent(args, env, table, jax.random.key(0))
     runner, _ = rl.init_runner(args, agent, params, jax.random.key(1))

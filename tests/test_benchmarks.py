@@ -347,7 +347,7 @@ def test_a_suite_from_training_to_verdict(toy_runs, tmp_path, capsys):
     assert plot.main([*words, "--allow-dirty"]) == 0
     loaded = collect.load(tmp_path)
     found = loaded["guided"][1]
-    assert (
+    assert result["command"].startswith("python rladapter_ppo.py --env-id Toy-v0 ")
         found["command"].startswith("python rladapter_ppo.py --seed 1 --env-id Toy-v0")
         and "run-dir" not in found["command"]
     )

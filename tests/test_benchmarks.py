@@ -347,8 +347,9 @@ def test_a_suite_from_training_to_verdict(toy_runs, tmp_path, capsys):
     assert plot.main([*words, "--allow-dirty"]) == 0
     loaded = collect.load(tmp_path)
     found = loaded["guided"][1]
-    assert result["command"].startswith("python rladapter_ppo.py --env-id Toy-v0 ")
-        found["command"].startswith("python rladapter_ppo.py --seed 1 --env-id Toy-v0")
+    assert (
+        found["command"].startswith("python rladapter_ppo.py --env-id Toy-v0 ")
+        and found["command"].endswith(" --seed 1")
         and "run-dir" not in found["command"]
     )
     assert found["curve"]["llm_calls"][-1] == found["summary"]["llm_calls"] > 0

@@ -132,9 +132,10 @@ class Found:
         take, the largest ("not wood >= 2"), else what is there longest ("not unlocked collect drink").
         """
         goals, facts = np.flatnonzero(self.arrays.times >= MIN_TIMES).tolist(), self.game.facts
+        true = self.arrays.together.diagonal()
         needs = {goal: self._needs(goal) for goal in goals}
         amounts = {}  # of each thing the largest that any sub-goal takes
-        for i in sorted({i for found in needs.values() for i in found if " >= " in facts[i]}, key=self._times_true):
+        for i in sorted({i for found in needs.values() for i in found if " >= " in facts[i]}, key=lambda i: true[i]):
             amounts.setdefault(facts[i].partition(" >= ")[0], i)
         texts = {}
         for goal in goals:
@@ -143,9 +144,6 @@ class Found:
             last = [i for i in wanted if i not in needs[goal]] or brought
             texts[goal] = [facts[i] for i in needs[goal]] + [f"not {facts[i]}" for i in last[:1]]
         return {goal: text for goal, text in texts.items() if text}
-
-    def _times_true(self, fact: int) -> float:
-        return float(self.arrays.together[fact, fact])
 
     def _needs(self, goal: int) -> list[int]:
         """Finds the facts that were true whenever a sub-goal was reached and paid for, the rarest first."""
@@ -179,7 +177,7 @@ class Found:
             believed: what sub-goals are said to take of which nothing is known yet
         """
         arrays, pairs = self.arrays, {}
-        known = self.takes()
+        known = self.takes() if source == "experience" else {}
         believed = {goal: facts for goal, facts in believed.items() if arrays.times[goal] < MIN_TIMES}
         for i in self.most_telling()[:most]:
             goal = self.worth_saying(i)

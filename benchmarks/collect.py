@@ -182,13 +182,13 @@ def collect(suite: str, runs_dir: Path, results_dir: Path, allow_dirty: bool = F
     for path, result in found.items():
         path.write_text(dumps(result))
         if result["summary"]["llm"] == "http":
-            path.with_suffix(".jsonl.xz").write_bytes(packed_guidance(runs_dir / path.stem / "guidance.jsonl"))
+            path.with_suffix(".jsonl.xz").write_bytes(packed_guidance(runs_dir / path.stem))
     return list(found)
 
 
-def packed_guidance(path: Path) -> bytes:
-    """What --llm replay reads of a guidance.jsonl, packed: that training can be repeated without the server."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+def packed_guidance(folder: Path) -> bytes:
+    """What --llm replay reads of a run's guidance.jsonl, packed: that training can be repeated without the server."""
+    records = run_folder.read_log(folder, "guidance.jsonl")
     read = [{name: record[name] for name in ("messages", "reply", "error", "skipped")} for record in records]
     return lzma.compress("".join(json.dumps(record) + "\n" for record in read).encode(), preset=9)
 

@@ -402,10 +402,10 @@ def test_replay_of_a_collected_run(tmp_path):
     """What was said is kept in a packed file, which --llm replay reads."""
     question = Question(np.zeros(1, np.uint8), np.zeros(1, bool), [], None, messages=[{"role": "user", "content": "?"}])
     said = '{"sub_goals":[]}'
-    record = {"messages": question.messages, "reply": said, "error": "", "skipped": False, "seconds": 1.5}
+    record = {"phase": 0, "messages": question.messages, "reply": said, "error": "", "skipped": False, "cost": 1.5}
     (tmp_path / "guidance.jsonl").write_text(json.dumps(record) + "\n")
     packed = tmp_path / "guided-1.jsonl.xz"
-    packed.write_bytes(collect.packed_guidance(tmp_path / "guidance.jsonl"))
+    packed.write_bytes(collect.packed_guidance(tmp_path))
     for path in (packed, tmp_path / "guidance.jsonl", tmp_path):
         (reply,) = ReplayGuide(TOY, path).complete([question])
         assert reply.text == said and not reply.error

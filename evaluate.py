@@ -181,7 +181,8 @@ class Asker:
         situations = {"obs": np.asarray(obs), "facts": np.asarray(env.facts(jnp.asarray(obs)))}
         questions = table.choose_questions(env, situations)
         self.key, key_analyse = jax.random.split(self.key)
-        write_analyses(self.adapter, env.game, questions, key_analyse, self.trained.args.sft.analyses)
+        sft = self.trained.args.sft
+        write_analyses(self.adapter, env.game, questions, key_analyse, sft.analyses, table.retrieved(questions, sft))
         table.store(self.guide.ask(questions).wait())
         if version is not None:
             heed(table, version)

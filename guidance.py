@@ -29,7 +29,7 @@ from advice import NEVER, TOLERANCE, GuidanceTable
 from envs.game import Game, Literals
 from hindsight import Found
 from llm_client import Question
-from rladapter_adapter import FROM_PLAY, adapter_prompt
+from rladapter_adapter import FROM_PLAY, SftArgs, adapter_prompt
 from utils import trials
 from utils.comprehension import SCORES, Understood
 from utils.embeddings import make_embedding
@@ -333,8 +333,7 @@ class HostTable:
         then advised, in advice that has won its trial. hindsight, experience: of hindsight.py.
         """
         if sft_data in FROM_PLAY:
-            believed = self.believed() if sft_data == "experience" else {}
-            return self.found.examples(sft_data, MAX_ANALYSES, self._prompts(env), believed)
+            return self.found.examples(sft_data, MAX_ANALYSES, self._prompts(env), self.believed(sft_data))
         rows, won = self.rows, self.rows.valid & (self.trial_z() > trials.DECIDED_AT_SE)
         winners = set(rows.advice_id[won].tolist())
         chosen: dict[tuple[str, str], None] = {}
@@ -345,11 +344,20 @@ class HostTable:
                 chosen[analysis.prompt, analysis.text] = None
         return list(chosen)
 
-    def believed(self) -> dict[int, list[str]]:
-        """Returns what the adapter's latest analyses said most often that sub-goals take, twice at least.
+    def retrieved(self, questions: list[Question], sft: SftArgs) -> list[str]:
+        """Returns what --analyses retrieved tells in the adapter's place, for each question; [] if nothing is known."""
+        if sft.analyses != "retrieved" or not questions:
+            return []
+        lessons = self.found.lessons(sft.sft_data, MAX_ANALYSES, self.believed(sft.sft_data))
+        return self.found.retrieved(np.stack([q.situation for q in questions]), lessons)
 
-        It is rehearsed as long as play has not shown better: fine-tuning makes it forget what is not.
+    def believed(self, sft_data: str = "experience") -> dict[int, list[str]]:
+        """Returns what the latest analyses said most often that sub-goals take, twice at least; {} for other sft_data.
+
+        It is rehearsed as long as play has not shown better: fine-tuning makes the adapter forget what is not.
         """
+        if sft_data != "experience":
+            return {}
         said = Counter(item for a in self.analyses for item in self.game.heard_in_text(a.text).items() if item[1])
         return {goal: list(takes) for (goal, takes), times in reversed(said.most_common()) if times > 1}
 

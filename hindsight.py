@@ -176,16 +176,27 @@ class Found:
             prompt_of: the adapter's prompt for obs (O,) and facts (P,)
             believed: what sub-goals are said to take of which nothing is known yet
         """
-        arrays, pairs = self.arrays, {}
+        lessons, arrays = self.lessons(source, most, believed), self.arrays
+        return list({(prompt_of(arrays.obs[i], arrays.facts[i]), text): None for i, text in lessons.items()})
+
+    def lessons(self, source: str, most: int, believed: Mapping[int, list[str]]) -> dict[int, str]:
+        """Returns the analyses that would have been right in remembered situations; arguments as of `examples`."""
         known = self.takes() if source == "experience" else {}
-        believed = {goal: facts for goal, facts in believed.items() if arrays.times[goal] < MIN_TIMES}
+        believed = {goal: facts for goal, facts in believed.items() if self.arrays.times[goal] < MIN_TIMES}
+        texts = {}
         for i in self.most_telling()[:most]:
             goal = self.worth_saying(i)
-            text = suggestion([self.game.sub_goals[goal]])
+            texts[i] = suggestion([self.game.sub_goals[goal]])
             if source == "experience":
-                text = " ".join([text, *self.experience(goal, known, believed, np.random.default_rng(i))])
-            pairs[prompt_of(arrays.obs[i], arrays.facts[i]), text] = None
-        return list(pairs)
+                texts[i] = " ".join([texts[i], *self.experience(goal, known, believed, np.random.default_rng(i))])
+        return texts
+
+    def retrieved(self, facts: np.ndarray, lessons: Mapping[int, str]) -> list[str]:
+        """Returns for each situation (M, P) the lesson of the one that agrees in most facts; [] without lessons."""
+        if not lessons:
+            return []
+        apart = (facts[:, None] != self.arrays.facts[list(lessons)]).sum(-1)  # (M, lessons)
+        return [list(lessons.values())[i] for i in apart.argmin(1)]
 
     def experience(
         self, goal: int, known: dict[int, list[str]], believed: dict[int, list[str]], rng: np.random.Generator

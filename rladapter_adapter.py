@@ -65,9 +65,10 @@ class SftArgs:
     adapter: str = "assets/adapter-tiny"
     """the adapter: a Llama, Qwen2 or Qwen3 folder in Hugging Face format, a hub id, or a folder of
     LoRA weights; none: no adapter"""
-    analyses: Literal["own", "exchanged", "random"] = "own"
+    analyses: Literal["own", "exchanged", "random", "retrieved"] = "own"
     """what the guide is given of the adapter, and --sft-data best and all choose from. own: its analysis; controls:
-    exchanged: that of another situation of the same pause; random: a sentence that names random sub-goals"""
+    exchanged: that of another situation of the same pause; random: a sentence that names random sub-goals; retrieved:
+    no language model's, but word for word that of the pair of --sft-data whose situation is most alike"""
     adapter_temperature: float = 1.0
     """temperature at which the adapter's analyses are sampled; 0: the likeliest token each time"""
     adapter_max_tokens: int = 48
@@ -123,12 +124,24 @@ def adapter_prompt(game: Game, caption: str, sub_goals: Sequence[int], comprehen
     return f"{caption}\nPrevious sub-goals: {game.sub_goals_text(sub_goals)}.\n{score}\n{INSTRUCTION}"
 
 
-def write_analyses(adapter: Any, game: Game, questions: Sequence[Any], key: jax.Array, control: str = "own") -> None:
-    """Sets `adapter_prompt` and `analysis` of `llm_client.Question`s, all in one batch; control: as --analyses."""
+def write_analyses(
+    adapter: Any,
+    game: Game,
+    questions: Sequence[Any],
+    key: jax.Array,
+    control: str = "own",
+    retrieved: Sequence[str] = (),
+) -> None:
+    """Sets `adapter_prompt` and `analysis` of `llm_client.Question`s, all in one batch.
+
+    Args:
+        control: as --analyses
+        retrieved: what is said in the adapter's place, one text for each question; () where it speaks itself
+    """
     if not questions:
         return
     prompts = [adapter_prompt(game, q.caption, q.sub_goals, q.comprehension) for q in questions]
-    analyses = adapter.analyse(prompts, key)
+    analyses = list(retrieved) or adapter.analyse(prompts, key)
     if control == "exchanged":
         analyses = analyses[1:] + analyses[:1] if len(analyses) > 1 else [""]
     elif control == "random":

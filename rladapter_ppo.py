@@ -170,7 +170,11 @@ class Args:
 
     @property
     def learns(self) -> bool:
-        """Is the adapter fine-tuned?"""
+        """Is the adapter fine-tuned, or what it would be tuned on told in its place?"""
+        return self.tunes or (self.context.guided and self.sft.analyses == "retrieved")
+
+    @property
+    def tunes(self) -> bool:
         return self.context.guided and self.sft.adapter != "none" and self.sft.sft_every > 0
 
     @property
@@ -778,6 +782,10 @@ def check_args(args: Args) -> None:
             f"--num-minibatches: {args.num_envs} envs can't be divided into {args.num_minibatches} minibatches of "
             "whole envs; change --num-envs or --num-minibatches"
         )
+    if args.sft.analyses == "retrieved" and args.sft.sft_data not in rladapter_adapter.FROM_PLAY:
+        raise ValueError(
+            f"--analyses retrieved: --sft-data {args.sft.sft_data} keeps no situations; choose hindsight or experience"
+        )
     if args.batch_size * 500 > 64 * 2**30:  # bytes of a `Transition`, about
         raise ValueError(f"--num-envs, --num-steps: {args.batch_size} samples are too many; choose smaller ones")
 
@@ -904,7 +912,8 @@ def main(args: Args, run: runs.Run) -> dict[str, Any] | None:
         still_asks = asks and run.totals["global_step"] < args.updates_that_ask * args.batch_size
         with run.timed("guidance"):
             questions = table.choose_questions(env, situations) if still_asks else []
-            write_analyses(adapter, env.game, questions, key_analyse, args.sft.analyses)
+            retrieved = table.retrieved(questions, args.sft)
+            write_analyses(adapter, env.game, questions, key_analyse, args.sft.analyses, retrieved)
             pause = guide.ask(questions, background=args.llm.llm_async)
             if not args.llm.llm_async:
                 table.store(pause.wait())  # each sub-goal with its reasons is a row
@@ -926,7 +935,7 @@ def main(args: Args, run: runs.Run) -> dict[str, Any] | None:
             table.found.add(found, {name: array[:num_updates] for name, array in history.items()}, situations)
         run.append("outcomes.jsonl", table.outcome_lines(outcomes))
         worth, tuned = table.metrics(), {}
-        if still_asks and run.due(args.sft.sft_every):
+        if still_asks and args.tunes and run.due(args.sft.sft_every):
             with run.timed("sft"):
                 tuned, lines = tune_adapter(args, env, table, adapter, key_sft, run.show_tuning)
             run.append("examples.jsonl", lines)

@@ -94,6 +94,11 @@ VARIANTS = {
         "control: experience, with the analyses exchanged among the situations of a pause",
         f"--sft-data experience {TUNED} --analyses exchanged",
     ),
+    "retrieved": Variant(
+        "retrieved",
+        "control: what experience would tune it on, told word for word, no language model for an adapter",
+        "--adapter none --sft-data experience --analyses retrieved",
+    ),
     "random-analyses": Variant(
         "random analyses", "control: a sentence that names random sub-goals, for the analysis", "--analyses random"
     ),
@@ -131,13 +136,13 @@ SUITES = {
     ), "--eval-episodes 512"),
     # A guide that does not know the task: what the adapter's analyses are worth, and what it is tuned on.
     "adapter": Suite((
-        "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "exchanged", "random-analyses",
-        "rules",
+        "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "exchanged", "retrieved",
+        "random-analyses", "rules",
     ), "--rules-knowledge minecraft --adapter-temperature 0.5 --query-until 0.8 --eval-episodes 512"),
     # The same with a real, small LLM: start the server first, docs/adapter.md says how.
     "llm": Suite((
         "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "exchanged",
-        "random-analyses", "rules",
+        "retrieved", "random-analyses", "rules",
     ), "--llm http --llm-model smollm2 --llm-base-url http://127.0.0.1:18080/v1 --llm-concurrency 4 --llm-timeout 300 "
        "--llm-cache none --guidance-support 2 --adapter-temperature 0.5 --query-until 0.8 --eval-episodes 512 "
        "--total-timesteps 300000"),

@@ -14,6 +14,7 @@ from envs.crafter import CRAFTER
 from envs.crafter.vocabulary import FACTS, NUM_BASIC
 from guidance import Analysis
 from hindsight import HORIZON, Found, look_ahead, usual
+from llm_client import Question
 
 GOAL, FACT = CRAFTER.sub_goal_numbers, CRAFTER.fact_numbers
 
@@ -180,6 +181,25 @@ def test_examples_are_of_what_paid_and_held_out_situations_are_none_of_them():
     pairs = found.examples("hindsight", 9, lambda obs, facts: f"obs {obs[0]}")
     assert pairs == [(f"obs {i}", "The most urgent sub-goal now is mine iron.") for i in (2, 8)]
     assert found.examples("hindsight", 1, lambda obs, facts: f"obs {obs[0]}") == pairs[:1]
+
+
+def test_in_place_of_the_adapter_it_tells_what_was_right_in_the_most_similar_situation():
+    table, situations = table_of(), np.zeros((2, len(FACTS)), bool)
+    sft = ra.SftArgs(analyses="retrieved", sft_data="hindsight")
+    questions = [Question(np.zeros(1), facts, [], None) for facts in situations]
+    assert table.retrieved(questions, sft) == [] == table.retrieved([], sft)  # nothing is known yet
+    paying(table.found)
+    table.found.arrays.held[:] = False
+    table.found.arrays.facts[1, FACT["dark"]] = True  # two situations have lessons, this one of another sub-goal
+    table.found.arrays.paid[1] = np.arange(NUM_BASIC) == GOAL["mine coal"]
+    situations[1, [FACT["dark"], FACT["food low"]]] = True
+    told = [ra.suggestion([name]) for name in ("mine iron", "mine coal")]
+    assert table.retrieved(questions, sft) == told
+    assert table.retrieved(questions, dataclasses.replace(sft, analyses="own")) == []
+    with_facts = table.retrieved(questions, dataclasses.replace(sft, sft_data="experience"))
+    examples = dict.fromkeys(text for _, text in table.found.examples("experience", 9, lambda obs, facts: str(obs)))
+    assert set(with_facts) <= set(examples)
+    assert all(text.startswith(suggested) for text, suggested in zip(with_facts, told, strict=True))
 
 
 def test_what_is_rare_is_worth_saying_and_comes_first():

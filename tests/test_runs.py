@@ -18,6 +18,7 @@ import pytest
 import tyro
 
 import guidance
+import hindsight
 import llm_client
 import rladapter_adapter
 import rladapter_ppo as rl
@@ -193,6 +194,19 @@ def test_with_an_adapter_it_analyses_and_is_tuned(model, tmp_path, monkeypatch):
     tuned = [m for m in lines(tmp_path / "run/metrics.jsonl") if "adapter/nll_after" in m]
     assert tuned and all(np.isfinite(m["adapter/nll_after"]) and m["time/sft"] > 0 for m in tuned)
     assert rladapter_adapter.load_adapter(tmp_path / "run/adapter").lora_config.rank == 8
+
+
+def test_what_play_found_out_can_be_told_without_a_language_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hindsight, "HORIZON", 4)  # of the 32 steps of a phase
+    told = ["--analyses", "retrieved", "--sft-data", "hindsight"]
+    assert run(tmp_path / "run", *told, "--sft-every", "1", steps=3000) == 0
+    said = {g["phase"]: g["analysis"] for g in lines(tmp_path / "run/guidance.jsonl")}
+    assert said.pop(0) == "" and any(said.values())
+    texts = {rladapter_adapter.suggestion([name]) for name in TOY_GAME.basic_sub_goals}
+    assert set(said.values()) <= {"", *texts}
+    assert not (tmp_path / "run/examples.jsonl").exists()  # there is nothing to tune
+    assert run(tmp_path / "other", *told, "--sft-data", "best") == 2
+    assert "--analyses retrieved: --sft-data best" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_examples_are_logged_as_they_are_tuned_on(model, tmp_path, monkeypatch):

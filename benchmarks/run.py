@@ -86,7 +86,7 @@ VARIANTS = {
     ),
     "experience": Variant(
         "experience",
-        "fine-tuning on that, and on what sub-goals were found to take",
+        "fine-tuning on what paid, and on what sub-goals were found to take",
         f"--sft-data experience {TUNED}",
     ),
     "exchanged": Variant(

@@ -17,7 +17,7 @@ from utils.published import PUBLISHED
 
 FULL = "guided"  # the full method
 NO_LLM = ("rules", "random", "shuffled")  # guides that are none
-ALONE = ("facts", "no-adapter", "no-sft")  # what the suites `adapter` and `llm` are compared with
+TUNED = "experience"  # what the others of the suites `adapter` and `llm` are compared with
 SAID = ("no-adapter", "no-sft", "experience")  # whose analyses and replies are shown
 COMPARED = {"episodic_return": "return", "score": "score", "training_score": "score in training"}
 ADVICE = dict.fromkeys(("comprehension", "agreement_after", "holding", "usable", "heeded"), "{:.2f}")  # of `Result`
@@ -234,23 +234,24 @@ def gpu_table() -> str:
 
 
 def adapter_table(results: Results) -> str:
-    """What analyses are worth to a guide that does not know the game, of results of the suite `adapter`."""
+    """What analyses are worth to a guide that does not know the game, of results of the suite `adapter` or `llm`; and
+    what the adapter tuned on experience is worth beside each of the others."""
     if not results:
         return "not measured"
-    rows, alone = [], [name for name in ALONE if name in results]
     header = ["The guide hears", "Name", "return: mean (each seed)", "score %", "score % in training"]
-    header += [f"{key} minus `{other}` [95 %]" for other in alone for key in COMPARED.values()]
     header += ["comprehension", "agreement", "rules that hold where asked", "usable replies", "replies that heed it"]
+    rows, ahead = [], []
     for name, runs in results.items():
         returns, score = column(runs, "episodic_return"), column(runs, "score").mean()
         row = [what(name), f"`{name}`", f"**{returns.mean():.2f}** ({', '.join(f'{r:.2f}' for r in returns)})"]
         row += [f"{score:.1f}", f"{column(runs, 'training_score').mean():.1f}"]
-        pairs = [(other, key) for other in alone for key in COMPARED]
-        row += ["" if name == other else lead(results, other, key, name) for other, key in pairs]
         measured = {key: [r["advice"][key] for r in runs.values() if key in r.get("advice", {})] for key in ADVICE}
-        row += [ADVICE[key].format(np.mean(values)) if values else "" for key, values in measured.items()]
-        rows.append(row)
-    return markdown(header, rows)
+        rows.append(row + [ADVICE[key].format(np.mean(values)) if values else "" for key, values in measured.items()])
+        seeds = len(runs.keys() & results.get(TUNED, {}).keys())
+        if name != TUNED and seeds:
+            ahead.append([f"`{name}`", str(seeds), *[lead(results, name, key, TUNED) for key in COMPARED]])
+    compared = [f"`{TUNED}` minus", "seeds", *[f"{name} [95 %]" for name in COMPARED.values()]]
+    return "\n\n".join([markdown(header, rows), *([markdown(compared, ahead)] if ahead else [])])
 
 
 def said_table(results: Results) -> str:

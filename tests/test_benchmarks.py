@@ -535,21 +535,24 @@ def test_what_was_said_in_the_last_pause_is_kept_in_its_order_and_safe_to_show(t
     assert collect.read_result(path) == results["no-sft"][1]
 
 
-def test_the_table_of_the_adapter_compares_by_seed_with_no_adapter_and_an_untuned_one(tmp_path):
+def test_the_table_of_the_adapter_compares_the_tuned_one_by_seed_with_all_others(tmp_path):
     folder = write_results(tmp_path, **{"no-adapter": [1.0, 2.0], "no-sft": [3.0], "experience": [4.0, 6.0, 8.0]})
     results = collect.load(folder)
     results["experience"][2]["advice"] = {"comprehension": 0.5}
     for runs in results.values():
         for each in runs.values():  # half of what they end with
             each["curve"]["score"] = [0.0, each["summary"]["score"]]
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.adapter_table(results).splitlines()]
-    rows = {row[1]: row[2:] for row in lines}
-    assert list(rows)[2:] == ["`no-adapter`", "`no-sft`", "`experience`"]
-    assert rows["`no-adapter`"] == [
-        "**1.50** (1.00, 2.00)", "3.0", "1.5", "", "", "", "-2.00", "-4.00", "-2.00", "", "", "", "", "",
+    parts = [
+        {row[0] if row[0].startswith("`") else row[1]: row for row in
+         ([cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()[2:])}
+        for part in tables.adapter_table(results).split("\n\n")
     ]  # fmt: skip
-    name = ["**6.00** (4.00, 6.00, 8.00)", "12.0", "6.0", "+3.50 [-2.85, +9.85]", "+7.00 [-5.71, +19.71]"]
-    assert rows["`experience`"] == [*name, "+3.50 [-2.85, +9.85]", "+1.00", "+2.00", "+1.00", "0.50", "", "", "", ""]
-    assert "minus `facts`" not in tables.adapter_table(results)
-    assert "minus `facts`" in tables.adapter_table(results | {"facts": results["no-sft"]})
+    rows, ahead = parts
+    assert list(rows) == ["`no-adapter`", "`no-sft`", "`experience`"] and list(ahead) == list(rows)[:2]
+    assert rows["`no-adapter`"][2:] == ["**1.50** (1.00, 2.00)", "3.0", "1.5", "", "", "", "", ""]
+    assert rows["`experience`"][2:] == ["**6.00** (4.00, 6.00, 8.00)", "12.0", "6.0", "0.50", "", "", "", ""]
+    difference = ["+3.50 [-2.85, +9.85]", "+7.00 [-5.71, +19.71]", "+3.50 [-2.85, +9.85]"]
+    assert ahead["`no-adapter`"][1:] == ["2", *difference] and ahead["`no-sft`"][1:] == ["1", "+1.00", "+2.00", "+1.00"]
+    alone = tables.adapter_table({"experience": results["experience"]})
+    assert "minus" not in alone and "minus" not in tables.adapter_table({"no-sft": results["no-sft"]})
     assert tables.adapter_table({}) == "not measured"

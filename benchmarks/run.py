@@ -136,9 +136,10 @@ SUITES = {
     ), "--eval-episodes 512"),
     # A guide that does not know the task: what the adapter's analyses are worth, and what it is tuned on.
     "adapter": Suite((
-        "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "exchanged", "retrieved",
-        "random-analyses", "rules",
-    ), "--rules-knowledge minecraft --adapter-temperature 0.5 --query-until 0.8 --eval-episodes 512"),
+        "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "exchanged",
+        "retrieved", "random-analyses", "rules",
+    ), "--rules-knowledge minecraft --guidance-support 3 --adapter-temperature 0.5 --query-until 0.8 "
+       "--eval-episodes 512 --total-timesteps 300000"),
     # The same with a real, small LLM: start the server first, docs/adapter.md says how.
     "llm": Suite((
         "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "exchanged",

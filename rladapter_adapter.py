@@ -298,16 +298,18 @@ class Decoder(nnx.Module):
 
     def __call__(
         self, tokens: jax.Array, starts: jax.Array, shared: Any = 0, cache: Any = None, index: Any = 0,
-        key: jax.Array | None = None, remat: bool = False,
+        key: jax.Array | None = None, remat: bool = False, prefix: Any = None,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
-        """Maps tokens (B, T) to hidden states (B, T, D), and returns the cache too.
+        """Maps tokens (B, T) to hidden states (B, T, D), and returns the cache, or without one the keys and values.
 
         A token sees the columns from `starts` (B, T), where its own text begins, to itself; its
         position counts from there. It also sees the first `shared` (B, T) columns, as if they came
         before its text. One mechanism for left-padded prompts that begin alike and for rows of several
         texts (assets/make_adapter_tiny.py). `cache` is None or (keys, values), each (L, B, KV, S, hd),
         of which columns index..index+T are written. `key` is for LoRA's dropout, in training.
-        `remat`: a gradient computes each layer anew instead of keeping all that it made.
+        `remat`: a gradient computes each layer anew instead of keeping all that it made. `prefix`, in
+        place of a cache: keys and values (L, 1, KV, index, hd) of the columns before the tokens, the same
+        for all rows.
         """
         columns = index + jnp.arange(tokens.shape[1])  # (T,)
         # Columns after the tokens need not be looked at, where it is known how many those are.
@@ -322,20 +324,22 @@ class Decoder(nnx.Module):
         def body(carry: Any, layer: Tree) -> Any:
             x, cache, depth = carry
             layer_key = None if key is None else jax.random.fold_in(key, depth)
-            mixed, cache = self.attend(layer, x, angles, mask, cache, depth, index, layer_key)
-            return (self.transform(layer, x + mixed, layer_key), cache, depth + 1), None
+            mixed, kept = self.attend(layer, x, angles, mask, cache, depth, index, layer_key)
+            cache, new = (None, kept) if cache is None else (kept, None)
+            return (self.transform(layer, x + mixed, layer_key), cache, depth + 1), new
 
         x = self.params["embed"][...][tokens]  # (B, T, D)
         weights = {**self.params, **self.lora}
         layers = {name: weights[name][...] for name in weights if name not in ("embed", "norm", "head")}
+        layers |= {} if prefix is None else {"prefix": prefix}
         # The cache is carried, not scanned over: each layer's part would be copied twice a token.
-        (x, cache, _), _ = jax.lax.scan(jax.checkpoint(body) if remat else body, (x, cache, jnp.int32(0)), layers)
-        return rms_norm(x, self.params["norm"][...], self.config.rms_norm_eps), cache
+        (x, cache, _), new = jax.lax.scan(jax.checkpoint(body) if remat else body, (x, cache, jnp.int32(0)), layers)
+        return rms_norm(x, self.params["norm"][...], self.config.rms_norm_eps), new if cache is None else cache
 
     def attend(
         self, layer: Tree, x: jax.Array, angles: Any, mask: Any, cache: Any, depth: Any, index: Any, key: Any
     ) -> Any:
-        """Returns what attention adds to x (B, T, D), and the cache with this layer's entries."""
+        """Returns what attention adds to x (B, T, D), and keys and values: the cache with this layer's, or these."""
         c, (batch, length, _) = self.config, x.shape
         y = rms_norm(x, layer["attention_norm"], c.rms_norm_eps)
         heads = {"q": c.num_attention_heads, "k": c.num_key_value_heads, "v": c.num_key_value_heads}
@@ -347,14 +351,18 @@ class Decoder(nnx.Module):
             q = rms_norm(q, layer["q_norm"], c.rms_norm_eps)
             k = rms_norm(k, layer["k_norm"], c.rms_norm_eps)
         q, k, v = rotate(q, angles), rotate(k, angles).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        kept = k, v
         if cache is not None:
-            cache = tuple(
+            kept = tuple(
                 jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (depth, 0, 0, index, 0))
                 for old, new in zip(cache, (k, v), strict=True)
             )
-            k, v = (jax.lax.dynamic_index_in_dim(both, depth, keepdims=False) for both in cache)
+            k, v = (jax.lax.dynamic_index_in_dim(both, depth, keepdims=False) for both in kept)
+        elif "prefix" in layer:
+            before = (jnp.broadcast_to(part, (batch, *part.shape[1:])) for part in layer["prefix"])
+            k, v = (jnp.concatenate(both, 2) for both in zip(before, (k, v), strict=True))
         y = attention(q, *(part[:, :, : mask.shape[2]] for part in (k, v)), mask)
-        return project(y.reshape(batch, length, -1), layer, "o", self.lora_config, key), cache
+        return project(y.reshape(batch, length, -1), layer, "o", self.lora_config, key), kept
 
     def transform(self, layer: Tree, x: jax.Array, key: Any) -> jax.Array:
         """Applies a layer's SwiGLU, residual included."""
@@ -397,9 +405,7 @@ def sample_token(logits: jax.Array, row_keys: jax.Array, step: jax.Array, temper
 @partial(jax.jit, static_argnames="graphdef")
 def read_prefix(graphdef: Any, base: Tree, lora: Tree, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns keys and values, each (L, 1, KV, P, hd), of what all prompts begin with, (1, P)."""
-    model = nnx.merge(graphdef, lora, base)
-    cache = empty_cache(model.config, base, 1, tokens.shape[1])
-    return model(tokens, jnp.zeros_like(tokens), 0, cache)[1]
+    return nnx.merge(graphdef, lora, base)(tokens, jnp.zeros_like(tokens))[1]
 
 
 def empty_cache(config: LmConfig, base: Tree, batch: int, length: int) -> tuple[jax.Array, jax.Array]:
@@ -493,21 +499,30 @@ def answer_columns(is_answer: np.ndarray) -> np.ndarray:
 
 
 def batches(packed: Tree, size: int, order: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """Returns the rows in this order, `size` at a time, the last batch filled up with rows without an answer."""
-    parts = []
+    """Returns the rows in this order, `size` at a time, the last batch filled up with rows without an answer.
+
+    All have the `prefix`, (1, P), if there is one: tokens that stand before every row.
+    """
+    prefix, parts = {name: packed[name] for name in ("prefix",) if name in packed}, []
     for i in range(0, len(order), size):
         rows = order[i : i + size]
-        parts.append({k: np.pad(v[rows], ((0, size - len(rows)), (0, 0))) for k, v in packed.items()})
+        filled = {k: np.pad(v[rows], ((0, size - len(rows)), (0, 0))) for k, v in packed.items() if k not in prefix}
+        parts.append(filled | prefix)
     return parts
 
 
 def answer_nll(
     graphdef: Any, base: Tree, lora: Tree, batch: Tree, key: Any = None, remat: bool = True
 ) -> jax.Array:  # fmt: skip
-    """Returns -log p of the tokens at `answers` (nats): (B, M)."""
+    """Returns -log p of the tokens at `answers` (nats): (B, M). What all rows begin with is read once."""
     model, answers = nnx.merge(graphdef, lora, base), batch["answers"]
-    inputs = (batch[name][:, :-1] for name in ("tokens", "starts", "shared"))
-    hidden, _ = model(*inputs, key=key, remat=remat)
+    tokens, starts, shared = (batch[name][:, :-1] for name in ("tokens", "starts", "shared"))
+    prefix, length = None, 0
+    if "prefix" in batch:
+        first = batch["prefix"]
+        _, prefix = model(first, jnp.zeros_like(first), key=key, remat=remat)
+        shared = length = first.shape[1]
+    hidden, _ = model(tokens, starts + length, shared, index=length, key=key, remat=remat, prefix=prefix)
     before = jnp.take_along_axis(hidden, jnp.maximum(answers - 1, 0)[..., None], 1)  # (B, M, D)
     targets = jnp.take_along_axis(batch["tokens"], answers, 1)
     return optax.softmax_cross_entropy_with_integer_labels(model.logits(before), targets)
@@ -597,16 +612,21 @@ class Adapter:
         """Counts the prompts so far that were too long for the context."""
         return self.chat.num_cut
 
-    def prefix_of(self, prompts: Sequence[list[int]]) -> tuple[int, Any]:
-        """Returns how many tokens all prompts begin with, and their keys and values; or 0, None."""
+    def beginning_of(self, prompts: Sequence[list[int]]) -> list[int]:
+        """Returns the tokens that all prompts begin with as far as that is the chat's doing, none of them all of it."""
         if self.beginning is None:
             self.beginning = os.path.commonprefix([self.chat.tokens(text) for text in ("You", "1")])
         shared = len(self.beginning)
-        if not shared or any(len(p) <= shared or p[:shared] != self.beginning for p in prompts):
+        return [] if any(len(p) <= shared or p[:shared] != self.beginning for p in prompts) else self.beginning
+
+    def prefix_of(self, prompts: Sequence[list[int]]) -> tuple[int, Any]:
+        """Returns how many tokens all prompts begin with, and their keys and values; or 0, None."""
+        beginning = self.beginning_of(prompts)
+        if not beginning:
             return 0, None
         if self.prefix is None:
-            self.prefix = read_prefix(self.graphdef, self.base, self.lora, np.asarray([self.beginning], np.int32))
-        return shared, self.prefix
+            self.prefix = read_prefix(self.graphdef, self.base, self.lora, np.asarray([beginning], np.int32))
+        return len(beginning), self.prefix
 
     def generate(
         self, prompts: Sequence[list[int]], key: jax.Array, temperature: float, max_new_tokens: int
@@ -719,10 +739,12 @@ class Adapter:
         if self.sft_tokens is not None:
             texts = texts[: max(SFT_ROWS, self.sft_tokens // (max(1, epochs) * row_length(texts)))]
         texts = [texts[i] for i in rng.permutation(len(texts))]
+        beginning = self.beginning_of([prompt for prompt, *_ in texts])
+        texts = [(prompt[len(beginning) :], *rest) for prompt, *rest in texts]
         num_held = min(max(1, round(held_out * len(texts))), len(texts)) if len(texts) >= 4 else 0
-        length = row_length(texts)
-        training = pack(texts[num_held:], length)
-        measured = pack(texts[:num_held], length) if num_held else training
+        length, prefix = row_length(texts), {"prefix": np.asarray([beginning], np.int32)} if beginning else {}
+        training = pack(texts[num_held:], length) | prefix
+        measured = pack(texts[:num_held], length) | prefix if num_held else training
         before = self.nll(measured)
         total = epochs * math.ceil(len(training["tokens"]) / SFT_ROWS)
         steps = (

@@ -1251,6 +1251,38 @@ def test_layers_computed_anew_give_the_same_gradient(adapter):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), kept, anew)
 
 
+def test_what_all_prompts_begin_with_may_be_read_once(adapter):
+    """The same losses and gradient."""
+    with_random_b(adapter)
+    beginning, *ends = some_tokens(adapter, 9).tolist(), *(some_tokens(adapter, 7, seed=i).tolist() for i in (1, 2, 3))
+    texts = [(end[:3], end[3:]) for end in ends]
+    rest = ra.pack(texts, 16) | {"prefix": np.asarray([beginning], np.int32)}
+    apart, together = ra.pack([([*beginning, *prompt], answer) for prompt, answer in texts], 32), rest
+    nll = [ra.answer_nll(adapter.graphdef, adapter.base, adapter.lora, batch) for batch in (apart, together)]
+    np.testing.assert_allclose(*(each[:, :4] for each in nll), atol=1e-5)  # behind these is padding
+    gradients = [gradient_of(adapter, batch, remat) for batch, remat in ((apart, False), (together, True))]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), *gradients)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients[0])) > 1e-3
+    assert all(batch["prefix"] is rest["prefix"] for batch in ra.batches(rest, 2, np.arange(3)))
+
+
+def test_a_fine_tuning_reads_once_what_all_prompts_begin_with(adapter, monkeypatch):
+    shapes, step = set(), ra.sft_step
+
+    def watched(*arguments):
+        shapes.add((arguments[5]["tokens"].shape[1], arguments[5]["prefix"].shape[1]))
+        return step(*arguments)
+
+    monkeypatch.setattr(ra, "sft_step", watched)
+    with_read_once = ra.load_adapter(adapter.folder, system="You watch a player. " * 20)
+    apart = ra.load_adapter(adapter.folder, system="You watch a player. " * 20)
+    metrics = with_read_once.finetune(TOYS, jax.random.key(0), learning_rate=1e-2)
+    assert shapes == {(ra.LENGTH_BUCKET, len(with_read_once.beginning))}
+    monkeypatch.setattr(ra, "sft_step", step)
+    monkeypatch.setattr(apart, "beginning_of", lambda prompts: [])
+    assert apart.finetune(TOYS, jax.random.key(0), learning_rate=1e-2) == pytest.approx(metrics, rel=1e-3)
+
+
 def test_answer_columns():
     is_answer = np.zeros((3, 70), bool)
     is_answer[0, 5:9] = is_answer[1, 20:55] = True

@@ -10,6 +10,7 @@ Figures are for a phone's width: one column, large type. Bands and bars are 95 %
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ STYLE = {
 }  # fmt: skip
 WIDTH = 6.4  # inches
 RETURN, SCORE = "return", "score, %"
+COLOURS = {"retrieved": "tab:purple", "rules": "0.3"}  # whose own would be taken in a figure of COMPARED
+COMPARED = ("none", "facts", "no-adapter", "no-sft", "experience", "retrieved", "rules")  # where the guide knows little
 OURS = ("env, our resets", "rollout", "unguided", "guided", "guided, no adapter", "same work, ours")
 
 
@@ -59,7 +62,8 @@ def look(name: str) -> dict[str, Any]:
     """Colour and line of a variant, the same in all figures."""
     number = list(VARIANTS).index(name) if name in VARIANTS else len(VARIANTS)
     label = VARIANTS[name].label if name in VARIANTS else name
-    style = {"color": plt.get_cmap("tab10")(number % 10), "linestyle": "--" if number >= 10 else "-", "label": label}
+    color = COLOURS.get(name) or plt.get_cmap("tab10")(number % 10)
+    style = {"color": color, "linestyle": "--" if number >= 10 else "-", "label": label}
     return style | ({"linewidth": 3.2, "zorder": 3} if name == FULL else {})
 
 
@@ -98,9 +102,16 @@ def subtitle(results: Results) -> str:
     """Env and guides of all results."""
     summaries = [result["summary"] for runs in results.values() for result in runs.values()]
     envs = ", ".join(sorted({s["env_id"].removesuffix("-v1").removesuffix("-v0") for s in summaries}))
-    guides = sorted({s["llm_model"] or s["llm"] for s in summaries} - {"none"})
-    names = [f"{g} (no LLM)" if g in NO_LLM else g for g in guides]
+    names = sorted({guide_of(summary) for summary in summaries if summary["llm"] != "none"})
     return envs + (f"\nguide: {', '.join(names)}" if names else "")
+
+
+def guide_of(summary: dict[str, Any]) -> str:
+    """The guide of a run; of the offline one also what it knows, where that is not the game."""
+    if summary["llm"] not in NO_LLM:
+        return summary["llm_model"] or summary["llm"]
+    knows = summary.get("rules_knowledge", "expert")
+    return summary["llm"] + ("" if knows == "expert" else f", {knows}") + " (no LLM)"
 
 
 def plot_controls(results: Results, path: Path) -> bool:
@@ -114,9 +125,9 @@ def plot_ablations(results: Results, path: Path) -> bool:
     return shown.keys() != {FULL} and plot_curves(shown, path)
 
 
-def plot_llm(_: Results, path: Path) -> bool:
-    """Learning curves with a real LLM, of the suite `llm`."""
-    return plot_curves(results_of("llm"), path)
+def plot_guide(suite: str, _: Results, path: Path) -> bool:
+    """Learning curves with a guide that does not know the game, of the suite `llm` or `adapter`."""
+    return plot_curves({name: runs for name, runs in results_of(suite).items() if name in COMPARED}, path)
 
 
 def plot_curves(results: Results, path: Path) -> bool:
@@ -291,7 +302,8 @@ FIGURES = {
     "results_achievements.png": plot_achievements,
     "results_habits.png": plot_habits,
     "results_aggregate.png": plot_aggregate,
-    "results_llm.png": plot_llm,
+    "results_llm.png": partial(plot_guide, "llm"),
+    "results_guide.png": partial(plot_guide, "adapter"),
     "speed.png": plot_speed,
 }
 

@@ -16,7 +16,6 @@ Sums of shape (K, 2, ...) are for steps WITHOUT and WITH the advice.
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -333,7 +332,7 @@ class HostTable:
         then advised, in advice that has won its trial. hindsight, experience: of hindsight.py.
         """
         if sft_data in FROM_PLAY:
-            return self.found.examples(sft_data, MAX_ANALYSES, self._prompts(env), self.believed(sft_data))
+            return self.found.examples(sft_data, MAX_ANALYSES, self._prompts(env))
         rows, won = self.rows, self.rows.valid & (self.trial_z() > trials.DECIDED_AT_SE)
         winners = set(rows.advice_id[won].tolist())
         chosen: dict[tuple[str, str], None] = {}
@@ -348,18 +347,8 @@ class HostTable:
         """Returns what --analyses retrieved tells in the adapter's place, for each question; [] if nothing is known."""
         if sft.analyses != "retrieved" or not questions:
             return []
-        lessons = self.found.lessons(sft.sft_data, MAX_ANALYSES, self.believed(sft.sft_data))
+        lessons = self.found.lessons(sft.sft_data, MAX_ANALYSES)
         return self.found.retrieved(np.stack([q.situation for q in questions]), lessons)
-
-    def believed(self, sft_data: str = "experience") -> dict[int, list[str]]:
-        """Returns what the latest analyses said most often that sub-goals take, twice at least; {} for other sft_data.
-
-        It is rehearsed as long as play has not shown better: fine-tuning makes the adapter forget what is not.
-        """
-        if sft_data != "experience":
-            return {}
-        said = Counter(item for a in self.analyses for item in self.game.heard_in_text(a.text).items() if item[1])
-        return {goal: list(takes) for (goal, takes), times in reversed(said.most_common()) if times > 1}
 
     def _prompts(self, env: Any) -> Callable[[np.ndarray, np.ndarray], str]:
         """Returns a function that makes the adapter's prompt for a situation: obs (O,), facts (P,)."""

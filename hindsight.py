@@ -6,14 +6,14 @@
 
 *Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached and was paid for soon after,
 where that paid more than is usual in such a situation: what is often reached needs no advice. *Experience*: what
-was so whenever a sub-goal was reached and paid for; of the others what the adapter says of them anyway. What is
-found out comes of what a player can see, of its rewards, and of nothing that the game's rules say. No LLM is asked.
+was so whenever a sub-goal was reached and paid for. What is found out comes of what a player can see, of its rewards,
+and of nothing that the game's rules say. No LLM is asked.
 
 M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of an observation.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -166,7 +166,6 @@ class Found:
         source: str,
         most: int,
         prompt_of: Callable[[np.ndarray, np.ndarray], str],
-        believed: Mapping[int, list[str]] = MappingProxyType({}),
     ) -> list[tuple[str, str]]:
         """Makes (prompt, analysis) pairs, the most telling first.
 
@@ -174,21 +173,19 @@ class Found:
             source: hindsight, or experience, which also says what this sub-goal takes, and what some others do
             most: pairs
             prompt_of: the adapter's prompt for obs (O,) and facts (P,)
-            believed: what sub-goals are said to take of which nothing is known yet
         """
-        lessons, arrays = self.lessons(source, most, believed), self.arrays
+        lessons, arrays = self.lessons(source, most), self.arrays
         return list({(prompt_of(arrays.obs[i], arrays.facts[i]), text): None for i, text in lessons.items()})
 
-    def lessons(self, source: str, most: int, believed: Mapping[int, list[str]]) -> dict[int, str]:
+    def lessons(self, source: str, most: int) -> dict[int, str]:
         """Returns the analyses that would have been right in remembered situations; arguments as of `examples`."""
         known = self.takes() if source == "experience" else {}
-        believed = {goal: facts for goal, facts in believed.items() if self.arrays.times[goal] < MIN_TIMES}
         texts = {}
         for i in self.most_telling()[:most]:
             goal = self.worth_saying(i)
             texts[i] = suggestion([self.game.sub_goals[goal]])
             if source == "experience":
-                texts[i] = " ".join([texts[i], *self.experience(goal, known, believed, np.random.default_rng(i))])
+                texts[i] = " ".join([texts[i], *self.experience(goal, known, np.random.default_rng(i))])
         return texts
 
     def retrieved(self, facts: np.ndarray, lessons: Mapping[int, str]) -> list[str]:
@@ -198,21 +195,17 @@ class Found:
         apart = (facts[:, None] != self.arrays.facts[list(lessons)]).sum(-1)  # (M, lessons)
         return [list(lessons.values())[i] for i in apart.argmin(1)]
 
-    def experience(
-        self, goal: int, known: dict[int, list[str]], believed: dict[int, list[str]], rng: np.random.Generator
-    ) -> list[str]:
-        """Returns sentences: what a sub-goal takes, if that is known or believed, and what OTHERS drawn by rng take.
+    def experience(self, goal: int, known: dict[int, list[str]], rng: np.random.Generator) -> list[str]:
+        """Returns sentences: what a sub-goal takes, if that is known, and what OTHERS drawn by rng take.
 
-        One of these is a sub-goal of which something is only believed, if there is any; of the known ones the rarer
-        are drawn more often: what is often reached needs no advice.
+        The rarer are drawn more often: what is often reached needs no advice.
         """
-        takes, some = believed | known, rng.permutation([i for i in believed if i != goal])[:1].astype(int)
         rest = np.array([i for i in known if i != goal], int)
         chance = 1 / np.sqrt(np.maximum(self.arrays.times[rest], 1))
-        num = min(OTHERS - len(some), len(rest))
-        drawn = rng.choice(rest, num, replace=False, p=chance / chance.sum()) if num else rest[:0]
-        named = [self.game.experience_text(takes[i], self.game.sub_goals[i]) for i in (*drawn, *some)]
-        return ([self.game.experience_text(takes[goal])] if goal in takes else []) + named
+        num = min(OTHERS, len(rest))
+        drawn = rng.choice(rest, num, replace=False, p=chance / chance.sum()) if num else rest
+        named = [self.game.experience_text(known[i], self.game.sub_goals[i]) for i in drawn]
+        return ([self.game.experience_text(known[goal])] if goal in known else []) + named
 
     def worth_saying(self, i: int) -> int | None:
         """Returns the rarest sub-goal that was paid for after a situation; where none was, that was reached."""

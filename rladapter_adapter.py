@@ -78,8 +78,8 @@ class SftArgs:
     sft_data: Literal["best", "all", "hindsight", "experience"] = "best"
     """what the adapter is fine-tuned on, 512 pairs at most. best: analyses that (1) name a sub-goal (2) that the guide
     then advised, (3) in advice that won its trial; all: all analyses, as in the paper; hindsight: what the player did
-    next in situations where that paid; experience: the same, and what sub-goals were found to take; of those that were
-    not reached yet, what it said itself most often"""
+    next in situations where that paid; experience: the same, and what sub-goals were found to take. With these two it
+    says nothing before its first fine-tuning"""
     sft_max_tokens: int | None = None
     """tokens that a fine-tuning may read, the most telling examples first; default: what takes about 1e12
     floating-point operations, 150,000 for the tiny adapter, 930 (and no fewer than 8 pairs) for one of 135M"""
@@ -141,7 +141,7 @@ def write_analyses(
     if not questions:
         return
     prompts = [adapter_prompt(game, q.caption, q.sub_goals, q.comprehension) for q in questions]
-    analyses = list(retrieved) or adapter.analyse(prompts, key)
+    analyses = list(retrieved) or ([""] * len(prompts) if adapter.waits else adapter.analyse(prompts, key))
     if control == "exchanged":
         analyses = analyses[1:] + analyses[:1] if len(analyses) > 1 else [""]
     elif control == "random":
@@ -150,7 +150,7 @@ def write_analyses(
         analyses = [suggestion(names) for names in named]
     for question, prompt, analysis in zip(questions, prompts, analyses, strict=True):
         question.adapter_prompt, question.analysis = prompt, analysis
-    if isinstance(adapter, Adapter) and not any(map(game.sub_goals_in_text, analyses)):
+    if isinstance(adapter, Adapter) and not (adapter.waits or any(map(game.sub_goals_in_text, analyses))):
         adapter.warn_that_it_names_nothing()
 
 
@@ -563,7 +563,7 @@ def sft_step(
 class NoAdapter:
     """Stands in for an adapter with `--adapter none`: says nothing, learns nothing."""
 
-    cut_prompts = 0
+    cut_prompts, waits = 0, False
 
     def analyse(self, prompts: Sequence[str], key: jax.Array) -> list[str]:
         return [""] * len(prompts)
@@ -599,6 +599,7 @@ class Adapter:
         self.prefix: Any = None  # the keys and values of these; None again when the weights change
         self.temperature, self.max_tokens = SftArgs.adapter_temperature, SftArgs.adapter_max_tokens
         self.sft_tokens: int | None = None  # that a fine-tuning may read
+        self.tells_what_play_shows = False  # and nothing before it was tuned on that
         self.warned: set[str] = set()  # kinds of warnings that were printed
 
     def encode_example(self, prompt: str, response: str) -> Text:
@@ -606,6 +607,15 @@ class Adapter:
         limit = self.config.max_position_embeddings
         reply = self.tokenizer.encode(response, add_special_tokens=False)[: limit // 2] + [self.eos[0]]
         return self.chat.encode(prompt, limit - len(reply)), reply
+
+    @property
+    def waits(self) -> bool:
+        """Is it to tell what play shows, and was not tuned yet? What it believes before would be believed by the guide.
+
+        Untuned LoRA weights have a B of zeros.
+        """
+        tuned = any(np.any(value) for name, value in self.lora["lora"].items() if name.endswith("_b"))
+        return self.tells_what_play_shows and not tuned
 
     @property
     def cut_prompts(self) -> int:
@@ -855,6 +865,7 @@ def make_adapter(args: SftArgs, seed: int, game: Game) -> Adapter | NoAdapter:
     adapter = open_adapter("--adapter", args.adapter, seed, hint, about(game), rank=args.lora_rank)
     adapter.temperature, adapter.max_tokens = args.adapter_temperature, args.adapter_max_tokens
     adapter.sft_tokens = args.sft_max_tokens or adapter.affordable_tokens()
+    adapter.tells_what_play_shows = args.sft_data in FROM_PLAY and args.sft_every > 0
     with naming(f"--adapter: cannot use {args.adapter}", hint):
         adapter.check_room()
     return adapter

@@ -1346,6 +1346,27 @@ def test_the_rate_of_a_fine_tuning_falls_to_nothing(adapter, monkeypatch):
     assert rates == [1, 0.75, 0.5, 0.25]  # 32 pairs, four held out
 
 
+def test_an_adapter_that_is_to_tell_what_play_shows_says_nothing_before_it_is_tuned(folder, tmp_path, capsys):
+    def analyses(**flags):
+        adapter = ra.make_adapter(ra.SftArgs(adapter=str(folder), adapter_max_tokens=4, **flags), 0, CRAFTER)
+        questions = [Question(np.zeros(1), np.zeros(1, bool), [], None, caption="a tree")]
+        for tuned in (False, True):
+            if tuned:
+                adapter.finetune(TOYS, jax.random.key(0), epochs=1)
+            ra.write_analyses(adapter, CRAFTER, questions, jax.random.key(1))
+            yield adapter.waits, questions[0].analysis != ""
+        adapter.save(tmp_path / "tuned")
+
+    for source in ("hindsight", "experience"):
+        assert list(analyses(sft_data=source)) == [(True, False), (False, True)]
+        assert list(analyses(sft_data=source, sft_every=0)) == [(False, True)] * 2  # it is never tuned
+    assert list(analyses(sft_data="best")) == [(False, True)] * 2
+    assert capsys.readouterr().err.count("no analysis of this pause names") == 5  # once each, and none of who waits
+    other = ra.make_adapter(ra.SftArgs(adapter=str(tmp_path / "tuned"), sft_data="experience"), 0, CRAFTER)
+    assert not other.waits  # another run tuned it
+    assert not ra.NoAdapter().waits
+
+
 def test_controls_of_what_the_guide_is_given():
     class Echo(ra.NoAdapter):
         def analyse(self, prompts, key):

@@ -141,7 +141,8 @@ def write_analyses(
     if not questions:
         return
     prompts = [adapter_prompt(game, q.caption, q.sub_goals, q.comprehension) for q in questions]
-    analyses = list(retrieved) or ([""] * len(prompts) if adapter.waits else adapter.analyse(prompts, key))
+    silent = adapter.waits
+    analyses = list(retrieved) or ([""] * len(prompts) if silent else adapter.analyse(prompts, key))
     if control == "exchanged":
         analyses = analyses[1:] + analyses[:1] if len(analyses) > 1 else [""]
     elif control == "random":
@@ -150,7 +151,7 @@ def write_analyses(
         analyses = [suggestion(names) for names in named]
     for question, prompt, analysis in zip(questions, prompts, analyses, strict=True):
         question.adapter_prompt, question.analysis = prompt, analysis
-    if isinstance(adapter, Adapter) and not (adapter.waits or any(map(game.sub_goals_in_text, analyses))):
+    if isinstance(adapter, Adapter) and not (silent or any(map(game.sub_goals_in_text, analyses))):
         adapter.warn_that_it_names_nothing()
 
 
@@ -503,7 +504,7 @@ def batches(packed: Tree, size: int, order: np.ndarray) -> list[dict[str, np.nda
 
     All have the `prefix`, (1, P), if there is one: tokens that stand before every row.
     """
-    prefix, parts = {name: packed[name] for name in ("prefix",) if name in packed}, []
+    prefix, parts = {"prefix": packed["prefix"]} if "prefix" in packed else {}, []
     for i in range(0, len(order), size):
         rows = order[i : i + size]
         filled = {k: np.pad(v[rows], ((0, size - len(rows)), (0, 0))) for k, v in packed.items() if k not in prefix}
@@ -750,6 +751,7 @@ class Adapter:
             texts = texts[: max(SFT_ROWS, self.sft_tokens // (max(1, epochs) * row_length(texts)))]
         texts = [texts[i] for i in rng.permutation(len(texts))]
         beginning = self.beginning_of([prompt for prompt, *_ in texts])
+        beginning = beginning if len(beginning) >= LENGTH_BUCKET else []  # a shorter one costs more than it saves
         texts = [(prompt[len(beginning) :], *rest) for prompt, *rest in texts]
         num_held = min(max(1, round(held_out * len(texts))), len(texts)) if len(texts) >= 4 else 0
         length, prefix = row_length(texts), {"prefix": np.asarray([beginning], np.int32)} if beginning else {}

@@ -1266,7 +1266,8 @@ def test_what_all_prompts_begin_with_may_be_read_once(adapter):
     assert all(batch["prefix"] is rest["prefix"] for batch in ra.batches(rest, 2, np.arange(3)))
 
 
-def test_a_fine_tuning_reads_once_what_all_prompts_begin_with(adapter, monkeypatch):
+def test_a_fine_tuning_reads_once_what_all_prompts_begin_with(folder, tmp_path, monkeypatch):
+    path, system = with_template(folder, tmp_path, SYSTEM_TEMPLATE), "You watch a player. " * 20
     shapes, step = set(), ra.sft_step
 
     def watched(*arguments):
@@ -1274,13 +1275,21 @@ def test_a_fine_tuning_reads_once_what_all_prompts_begin_with(adapter, monkeypat
         return step(*arguments)
 
     monkeypatch.setattr(ra, "sft_step", watched)
-    with_read_once = ra.load_adapter(adapter.folder, system="You watch a player. " * 20)
-    apart = ra.load_adapter(adapter.folder, system="You watch a player. " * 20)
+    with_read_once, apart = ra.load_adapter(path, system=system), ra.load_adapter(path, system=system)
     metrics = with_read_once.finetune(TOYS, jax.random.key(0), learning_rate=1e-2)
     assert shapes == {(ra.LENGTH_BUCKET, len(with_read_once.beginning))}
+    assert len(with_read_once.beginning) >= ra.LENGTH_BUCKET
     monkeypatch.setattr(ra, "sft_step", step)
     monkeypatch.setattr(apart, "beginning_of", lambda prompts: [])
     assert apart.finetune(TOYS, jax.random.key(0), learning_rate=1e-2) == pytest.approx(metrics, rel=1e-3)
+
+
+def test_a_short_beginning_is_read_with_every_prompt(adapter, monkeypatch):
+    step = ra.sft_step
+    monkeypatch.setattr(ra, "sft_step", lambda *given: (seen.append(set(given[5])), step(*given))[1])
+    seen = []
+    adapter.finetune(TOYS, jax.random.key(0))
+    assert 0 < len(adapter.beginning) < ra.LENGTH_BUCKET and seen and not any("prefix" in batch for batch in seen)
 
 
 def test_answer_columns():

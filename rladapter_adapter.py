@@ -51,7 +51,7 @@ CACHE_BYTES = 2**28  # that the keys and values of a batch may take on a CPU; 8 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # what LoRA adapts
 
 SFT_EPOCHS = 2  # passes over the examples
-SFT_ROWS = 8  # sequences in a fine-tuning batch, padded to a multiple of LENGTH_BUCKET as well
+SFT_BATCH_SIZE = 8  # examples in a fine-tuning step, padded to a multiple of LENGTH_BUCKET as well
 SFT_COMPUTE = 1e12  # floating-point operations of a fine-tuning by default: some 15 seconds of a CPU core
 HELD_OUT = 0.1  # share of the fine-tuning examples that only measures
 # Adam's share of a step; `sft_step` multiplies it by the learning rate, an argument there
@@ -85,13 +85,18 @@ class SftArgs:
     floating-point operations, 150,000 for the tiny adapter, 930 (and no fewer than 8 pairs) for one of 135M"""
     sft_learning_rate: float = 2e-4
     """learning rate of Adam at the start of each fine-tuning of the adapter; it falls to nothing within it"""
+    sft_epochs: int = SFT_EPOCHS
+    """passes of a fine-tuning over its examples"""
+    sft_batch_size: int = SFT_BATCH_SIZE
+    """examples in a step of a fine-tuning; few teach a large adapter more for the same time"""
     lora_rank: int | None = None
     """rank of the LoRA matrices; default 8, or that of the LoRA folder given as --adapter"""
 
 
 LIMITS = {
     "sft_every": (0, 10**9), "sft_learning_rate": (0, 10), "adapter_temperature": (0, 100),
-    "adapter_max_tokens": (1, 4096), "sft_max_tokens": (1, 10**12),
+    "adapter_max_tokens": (1, 4096), "sft_max_tokens": (1, 10**12), "sft_epochs": (1, 10**6),
+    "sft_batch_size": (1, 1024),
 }  # fmt: skip
 
 
@@ -703,14 +708,14 @@ class Adapter:
         return int(SFT_COMPUTE / (8 * sum(value.size for value in jax.tree.leaves(self.base))))
 
     def affordable_analyses(self, prompts: Sequence[str]) -> int:
-        """Returns how many of these can be analysed before and after a fine-tuning for what that itself may take.
+        """Returns how many of these can be analysed before and after a fine-tuning for a quarter of what it may take.
 
         A token that is read or written takes a quarter of one that is trained on. At least the smallest batch.
         """
         if self.sft_tokens is None or not prompts:
             return len(prompts)
         longest = max(len(self.chat.tokens(prompt)) for prompt in prompts) + self.max_tokens
-        return max(BATCH_BUCKETS[0], 2 * self.sft_tokens // longest)
+        return max(BATCH_BUCKETS[0], self.sft_tokens // (2 * longest))
 
     def room_for(self, max_new_tokens: int) -> int:
         """Returns how many tokens of a prompt the context has room for beside the new ones."""
@@ -730,8 +735,8 @@ class Adapter:
 
     def finetune(
         self, examples: Sequence[tuple[str, str]], key: jax.Array, epochs: int = SFT_EPOCHS,
-        learning_rate: float = 2e-4, held_out: float = HELD_OUT, loss: Loss = mean_nll,
-        report: Callable[[int, int], None] = lambda done, total: None,
+        learning_rate: float = 2e-4, held_out: float = HELD_OUT, batch_size: int = SFT_BATCH_SIZE,
+        loss: Loss = mean_nll, report: Callable[[int, int], None] = lambda done, total: None,
     ) -> dict[str, float]:  # fmt: skip
         """Fine-tunes LoRA on (prompt, response) pairs. Returns metrics, {} if there are no pairs.
 
@@ -748,7 +753,7 @@ class Adapter:
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
         texts = [self.encode_example(*example) for example in examples]
         if self.sft_tokens is not None:
-            texts = texts[: max(SFT_ROWS, self.sft_tokens // (max(1, epochs) * row_length(texts)))]
+            texts = texts[: max(SFT_BATCH_SIZE, self.sft_tokens // (max(1, epochs) * row_length(texts)))]
         texts = [texts[i] for i in rng.permutation(len(texts))]
         beginning = self.beginning_of([prompt for prompt, *_ in texts])
         beginning = beginning if len(beginning) >= LENGTH_BUCKET else []  # a shorter one costs more than it saves
@@ -758,11 +763,11 @@ class Adapter:
         training = pack(texts[num_held:], length) | prefix
         measured = pack(texts[:num_held], length) | prefix if num_held else training
         before = self.nll(measured)
-        total = epochs * math.ceil(len(training["tokens"]) / SFT_ROWS)
+        total = epochs * math.ceil(len(training["tokens"]) / batch_size)
         steps = (
             (jax.random.fold_in(jax.random.fold_in(key, epoch), i), batch)
             for epoch in range(epochs)
-            for i, batch in enumerate(batches(training, SFT_ROWS, rng.permutation(len(training["tokens"]))))
+            for i, batch in enumerate(batches(training, batch_size, rng.permutation(len(training["tokens"]))))
         )
         losses, finite, self.prefix = [], True, None
         good = self.lora, self.optimizer
@@ -788,7 +793,7 @@ class Adapter:
 
     def nll(self, packed: dict[str, np.ndarray]) -> float:
         """Returns the nats per response token over packed rows."""
-        parts = batches(packed, SFT_ROWS, np.arange(len(packed["tokens"])))
+        parts = batches(packed, SFT_BATCH_SIZE, np.arange(len(packed["tokens"])))
         sums = [measure_nll(self.graphdef, self.base, self.lora, batch) for batch in parts]
         return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
 
@@ -965,9 +970,9 @@ def generate_command(
 
 def sft_command(
     model: Folder, data: Path, out: Path | None = None, epochs: int = SFT_EPOCHS, learning_rate: float = 2e-4,
-    held_out: float = HELD_OUT, lora_rank: int | None = None, lora_alpha: float | None = None,
-    lora_dropout: float | None = None, lora_targets: tuple[str, ...] | None = None, merge: bool = False,
-    seed: int = 0, system_prompt: bool = True, chat_template: bool = True,
+    held_out: float = HELD_OUT, batch_size: int = SFT_BATCH_SIZE, lora_rank: int | None = None,
+    lora_alpha: float | None = None, lora_dropout: float | None = None, lora_targets: tuple[str, ...] | None = None,
+    merge: bool = False, seed: int = 0, system_prompt: bool = True, chat_template: bool = True,
     env_id: str = "Craftax-Classic-Symbolic-v1",
 ) -> None:  # fmt: skip
     """Fine-tune a model with LoRA, loss on responses; print held-out loss before and after as JSON.
@@ -979,6 +984,7 @@ def sft_command(
         epochs: passes over the training lines
         learning_rate: learning rate of Adam at the start; it falls to nothing
         held_out: share of the lines that only measures; 1 measures on all, with --epochs 0
+        batch_size: lines in a step
         lora_rank: rank of new LoRA matrices; default 8, or as in the LoRA folder
         lora_alpha: LoRA's alpha, for a scale of alpha / rank; default 16, or as in the LoRA folder
         lora_dropout: dropout before LoRA matrices, in training; default 0, or as in the LoRA folder
@@ -989,6 +995,8 @@ def sft_command(
         chat_template: put prompts through the tokenizer's chat template, once
         env_id: the environment that the system prompt is about
     """
+    if batch_size < 1:
+        raise ValueError(f"--batch-size: must be 1 or more, not {batch_size}")
     if epochs < 0 or not 0 < held_out <= 1 or not 0 < learning_rate < math.inf:
         raise ValueError("--epochs, --held-out, --learning-rate: must be 0 or more, in (0, 1], and above 0")
     if epochs and held_out == 1:
@@ -1004,7 +1012,7 @@ def sft_command(
     )
     adapter.chat = hf_folder.Chat(adapter.tokenizer, told, chat_template)
     with naming("--model"):
-        tuned = adapter.finetune(examples, jax.random.key(seed), epochs, learning_rate, held_out)
+        tuned = adapter.finetune(examples, jax.random.key(seed), epochs, learning_rate, held_out, batch_size)
     if epochs:
         (adapter.export if merge else adapter.save)(out)
     print(json.dumps(tuned | {"cut_prompts": adapter.cut_prompts}))

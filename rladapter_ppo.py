@@ -855,7 +855,9 @@ def tune_adapter(
     try:
         if examples:
             measured |= table.agreement(env, adapter, key, "before")
-        tuned = adapter.finetune(examples, key, learning_rate=args.sft.sft_learning_rate, report=report)
+        sft = args.sft
+        settings = {"epochs": sft.sft_epochs, "learning_rate": sft.sft_learning_rate, "batch_size": sft.sft_batch_size}
+        tuned = adapter.finetune(examples, key, **settings, report=report)
         if examples:
             measured |= table.agreement(env, adapter, key, "after")
         reason, way = "its loss or gradients became NaN or infinite", "a lower --sft-learning-rate"

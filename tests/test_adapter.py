@@ -827,6 +827,7 @@ def test_sft_reads_the_guidance_of_a_run(folder, tmp_path, capsys):
         ("generate --model /nowhere --prompt x", "--model.*no folder /nowhere"),
         ("generate --model nobody/nothing-such --prompt x", "--model.*hub"),
         ("generate --model MODEL --prompt x --max-new-tokens 0", "--max-new-tokens"),
+        ("sft --model MODEL --data /nowhere --batch-size 0", "--batch-size: must be 1 or more, not 0"),
         ("generate --model MODEL --prompt x --temperature -1", "--temperature"),
         ("sft --model MODEL --data /nowhere --out OUT", "--data.*cannot read"),
         ("sft --model MODEL --data EMPTY --out OUT", "--data.*no examples"),
@@ -1327,7 +1328,7 @@ def test_a_fine_tuning_reads_no_more_than_its_budget_and_the_first_pairs_first(a
     assert len(rows) == 14 and rows <= first  # two are held out
     assert told == [(i, 4) for i in range(1, 5)]
     adapter.sft_tokens = 1
-    assert adapter.finetune(examples, jax.random.key(0))["examples"] == ra.SFT_ROWS
+    assert adapter.finetune(examples, jax.random.key(0))["examples"] == ra.SFT_BATCH_SIZE
 
 
 def test_an_adapter_of_a_run_has_a_budget_by_its_size():
@@ -1341,7 +1342,7 @@ def test_what_is_measured_around_a_fine_tuning_is_within_its_budget_too(adapter)
     prompts = ["one tree", "one tree and a cow"]
     assert adapter.affordable_analyses(prompts * 50) == 100  # without a budget all
     adapter.max_tokens, length = 10, len(adapter.chat.tokens(prompts[1]))
-    adapter.sft_tokens = 25 * (length + 10)  # twice as many take half of it: a token that is read, a quarter
+    adapter.sft_tokens = 100 * (length + 10)  # 50 twice take a quarter of it: a token that is read, a quarter
     assert adapter.affordable_analyses(prompts) == 50
     adapter.sft_tokens = 1
     assert adapter.affordable_analyses(prompts) == ra.BATCH_BUCKETS[0] and adapter.affordable_analyses([]) == 0
@@ -1353,6 +1354,9 @@ def test_the_rate_of_a_fine_tuning_falls_to_nothing(adapter, monkeypatch):
         rates.append(float(rate)), (lora, optimizer, jnp.float32(1), True))[1])  # fmt: skip
     adapter.finetune([(f"{i} trees", "Chop.") for i in range(36)], jax.random.key(0), epochs=1, learning_rate=1.0)
     assert rates == [1, 0.75, 0.5, 0.25]  # 32 pairs, four held out
+    rates.clear()
+    adapter.finetune([(f"{i} trees", "Chop.") for i in range(36)], jax.random.key(0), epochs=3, batch_size=16)
+    assert len(rates) == 3 * 2
 
 
 def test_an_adapter_that_is_to_tell_what_play_shows_says_nothing_before_it_is_tuned(folder, tmp_path, capsys):

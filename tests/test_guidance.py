@@ -403,6 +403,21 @@ def test_tuning_the_adapter_gives_the_examples_that_were_read_to_the_log(adapter
     assert metrics == {"adapter/cut_prompts": 0} | ({"adapter/examples": 1} if read else {})
 
 
+def test_flags_say_how_the_adapter_is_tuned():
+    given = []
+
+    class Watched(ReadsOne):
+        def finetune(self, examples, key, **settings):
+            given.append(settings)
+            return {}
+
+    sft = rladapter_adapter.SftArgs(sft_data="all", sft_epochs=3, sft_learning_rate=0.5, sft_batch_size=2)
+    table = table_of()
+    table.analyses = [guidance.Analysis("a", "b", [])]
+    rl.tune_adapter(rl.Args(sft=sft), Words(), table, Watched(), jax.random.key(0), print)
+    assert given == [{"epochs": 3, "learning_rate": 0.5, "batch_size": 2, "report": print}]
+
+
 def test_comprehension_scores():
     table = with_outcomes([0, 10], [0.0, 0.0], [1.0, 1.0])
     table.rows.steps[0, WITH] = 10

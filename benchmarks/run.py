@@ -40,6 +40,9 @@ class Variant:
 
 # What the tiny adapter takes to learn what it is tuned on: some 15 seconds of a CPU core a phase.
 TUNED = "--sft-learning-rate 7e-3 --sft-every 1 --sft-max-tokens 100000"
+# A general model of 135M weights, and what it takes: some six minutes of a CPU core every second phase.
+SMOLLM2 = "--adapter HuggingFaceTB/SmolLM2-135M-Instruct --adapter-max-tokens 96"
+SMOLLM2_TUNED = "--sft-learning-rate 4e-3 --sft-every 2 --sft-max-tokens 32000 --sft-epochs 1 --sft-batch-size 2"
 
 # README's tables, the figures and the tests are made from this.
 VARIANTS = {
@@ -89,6 +92,14 @@ VARIANTS = {
         "fine-tuning on what paid, and on what sub-goals were found to take",
         f"--sft-data experience {TUNED}",
     ),
+    "smollm2-no-sft": Variant(
+        "SmolLM2, untuned", "a general language model as adapter, SmolLM2-135M-Instruct", f"{SMOLLM2} --sft-every 0"
+    ),
+    "smollm2-experience": Variant(
+        "SmolLM2, experience",
+        "fine-tuning of SmolLM2-135M-Instruct on the same as experience",
+        f"{SMOLLM2} --sft-data experience {SMOLLM2_TUNED}",
+    ),
     "exchanged": Variant(
         "exchanged",
         "control: experience, with the analyses exchanged among the situations of a pause",
@@ -136,14 +147,14 @@ SUITES = {
     ), "--eval-episodes 512"),
     # A guide that does not know the task: what the adapter's analyses are worth, and what it is tuned on.
     "adapter": Suite((
-        "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "exchanged",
-        "retrieved", "random-analyses", "rules",
+        "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience",
+        "smollm2-no-sft", "smollm2-experience", "exchanged", "retrieved", "random-analyses", "rules",
     ), "--rules-knowledge minecraft --guidance-support 3 --adapter-temperature 0.5 --query-until 0.8 "
        "--eval-episodes 512 --total-timesteps 300000"),
     # The same with a real, small LLM: start the server first, docs/adapter.md says how.
     "llm": Suite((
-        "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "exchanged",
-        "retrieved", "random-analyses", "rules",
+        "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience",
+        "smollm2-no-sft", "smollm2-experience", "exchanged", "retrieved", "random-analyses", "rules",
     ), "--llm http --llm-model smollm2 --llm-base-url http://127.0.0.1:18080/v1 --llm-concurrency 4 --llm-timeout 300 "
        "--llm-cache none --guidance-support 2 --adapter-temperature 0.5 --query-until 0.8 --eval-episodes 512 "
        "--total-timesteps 300000"),

@@ -17,7 +17,8 @@ from utils.published import PUBLISHED
 
 FULL = "guided"  # the full method
 NO_LLM = ("rules", "random", "shuffled")  # guides that are none
-TUNED = "experience"  # what the others of the suites `adapter` and `llm` are compared with
+# The tuned adapters that others of the suites `adapter` and `llm` are compared with, and each one's untuned one.
+TUNED = {"experience": "no-sft", "smollm2-experience": "smollm2-no-sft"}
 SAID = ("no-adapter", "no-sft", "experience")  # whose analyses and replies are shown
 COMPARED = {"episodic_return": "return", "score": "score", "training_score": "score in training"}
 ADVICE = dict.fromkeys(("comprehension", "agreement_after", "holding", "usable", "heeded"), "{:.2f}")  # of `Result`
@@ -235,23 +236,32 @@ def gpu_table() -> str:
 
 def adapter_table(results: Results) -> str:
     """What analyses are worth to a guide that does not know the game, of results of the suite `adapter` or `llm`; and
-    what the adapter tuned on experience is worth beside each of the others."""
+    what the adapters tuned on experience are worth beside each of the others."""
     if not results:
         return "not measured"
     header = ["The guide hears", "Name", "return: mean (each seed)", "score %", "score % in training"]
     header += ["comprehension", "agreement", "rules that hold where asked", "usable replies", "replies that heed it"]
-    rows, ahead = [], []
+    rows = []
     for name, runs in results.items():
         returns, score = column(runs, "episodic_return"), column(runs, "score").mean()
         row = [what(name), f"`{name}`", f"**{returns.mean():.2f}** ({', '.join(f'{r:.2f}' for r in returns)})"]
         row += [f"{score:.1f}", f"{column(runs, 'training_score').mean():.1f}"]
         measured = {key: [r["advice"][key] for r in runs.values() if key in r.get("advice", {})] for key in ADVICE}
         rows.append(row + [ADVICE[key].format(np.mean(values)) if values else "" for key, values in measured.items()])
-        seeds = len(runs.keys() & results.get(TUNED, {}).keys())
-        if name != TUNED and seeds:
-            ahead.append([f"`{name}`", str(seeds), *[lead(results, name, key, TUNED) for key in COMPARED]])
-    compared = [f"`{TUNED}` minus", "seeds", *[f"{name} [95 %]" for name in COMPARED.values()]]
-    return "\n\n".join([markdown(header, rows), *([markdown(compared, ahead)] if ahead else [])])
+    ahead = [ahead_table(results, name) for name in TUNED if name in results]
+    return "\n\n".join([markdown(header, rows), *filter(None, ahead)])
+
+
+def ahead_table(results: Results, tuned: str) -> str:
+    """What a tuned adapter's results are ahead of all others, adapters of another kind left out; "": of none."""
+    left_out = {*TUNED, *TUNED.values()} - {TUNED[tuned]}
+    rows = []
+    for name, runs in results.items():
+        seeds = len(runs.keys() & results[tuned].keys())
+        if name not in left_out and seeds:
+            rows.append([f"`{name}`", str(seeds), *[lead(results, name, key, tuned) for key in COMPARED]])
+    header = [f"`{tuned}` minus", "seeds", *[f"{name} [95 %]" for name in COMPARED.values()]]
+    return markdown(header, rows) if rows else ""
 
 
 def said_table(results: Results) -> str:

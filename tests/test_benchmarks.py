@@ -553,6 +553,11 @@ def test_the_table_of_the_adapter_compares_the_tuned_one_by_seed_with_all_others
     assert rows["`experience`"][2:] == ["**6.00** (4.00, 6.00, 8.00)", "12.0", "6.0", "0.50", "", "", "", ""]
     difference = ["+3.50 [-2.85, +9.85]", "+7.00 [-5.71, +19.71]", "+3.50 [-2.85, +9.85]"]
     assert ahead["`no-adapter`"][1:] == ["2", *difference] and ahead["`no-sft`"][1:] == ["1", "+1.00", "+2.00", "+1.00"]
+    others = results | {"smollm2-no-sft": results["no-sft"], "smollm2-experience": results["experience"]}
+    own = [part.splitlines() for part in tables.adapter_table(others).split("\n\n")[1:]]
+    assert [[line.split("`")[1] for line in lines if "`" in line] for lines in own] == [
+        ["experience", "no-adapter", "no-sft"], ["smollm2-experience", "no-adapter", "smollm2-no-sft"],
+    ]  # fmt: skip
     alone = tables.adapter_table({"experience": results["experience"]})
     assert "minus" not in alone and "minus" not in tables.adapter_table({"no-sft": results["no-sft"]})
     assert tables.adapter_table({}) == "not measured"

@@ -507,13 +507,16 @@ def answer_columns(is_answer: np.ndarray) -> np.ndarray:
 def batches(packed: Tree, size: int, order: np.ndarray) -> list[dict[str, np.ndarray]]:
     """Returns the rows in this order, `size` at a time, the last batch filled up with rows without an answer.
 
-    All have the `prefix`, (1, P), if there is one: tokens that stand before every row.
+    Each has as many columns as its longest row, rounded up to a bucket. All have the `prefix`, (1, P), if there is
+    one: tokens that stand before every row.
     """
     prefix, parts = {"prefix": packed["prefix"]} if "prefix" in packed else {}, []
     for i in range(0, len(order), size):
         rows = order[i : i + size]
-        filled = {k: np.pad(v[rows], ((0, size - len(rows)), (0, 0))) for k, v in packed.items() if k not in prefix}
-        parts.append(filled | prefix)
+        batch = {name: value[rows] for name, value in packed.items() if name not in prefix}
+        length = LENGTH_BUCKET * math.ceil((batch["answers"].max() + 1) / LENGTH_BUCKET)  # answers are last
+        batch |= {name: batch[name][:, :length] for name in ("tokens", "starts", "shared")}
+        parts.append({k: np.pad(v, ((0, size - len(rows)), (0, 0))) for k, v in batch.items()} | prefix)
     return parts
 
 

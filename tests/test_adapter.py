@@ -1267,6 +1267,16 @@ def test_what_all_prompts_begin_with_may_be_read_once(adapter):
     assert all(batch["prefix"] is rest["prefix"] for batch in ra.batches(rest, 2, np.arange(3)))
 
 
+def test_a_batch_has_the_columns_of_its_longest_row(adapter):
+    texts = [([1] * prompt, [2] * answer) for prompt, answer in ((60, 4), (60, 5), (10, 3), (129, 1))]
+    packed = ra.pack(texts, ra.row_length(texts))
+    parts = ra.batches(packed, 1, np.arange(4)) + ra.batches(packed, 3, np.arange(4))
+    assert [part["tokens"].shape for part in parts] == [(1, 64), (1, 128), (1, 64), (1, 192), (3, 128), (3, 192)]
+    whole = np.concatenate([np.pad(part["tokens"], ((0, 0), (0, 192 - part["tokens"].shape[1]))) for part in parts[:4]])
+    assert np.array_equal(whole, packed["tokens"])
+    assert all(part["starts"].shape == part["shared"].shape == part["tokens"].shape for part in parts)
+
+
 def test_a_fine_tuning_reads_once_what_all_prompts_begin_with(folder, tmp_path, monkeypatch):
     path, system = with_template(folder, tmp_path, SYSTEM_TEMPLATE), "You watch a player. " * 20
     shapes, step = set(), ra.sft_step

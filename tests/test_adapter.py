@@ -1352,8 +1352,8 @@ def test_what_is_measured_around_a_fine_tuning_is_within_its_budget_too(adapter)
     prompts = ["one tree", "one tree and a cow"]
     assert adapter.affordable_analyses(prompts * 50) == 100  # without a budget all
     adapter.max_tokens, length = 10, len(adapter.chat.tokens(prompts[1]))
-    adapter.sft_tokens = 100 * (length + 10)  # 50 twice take a quarter of it: a token that is read, a quarter
-    assert adapter.affordable_analyses(prompts) == 50
+    adapter.sft_tokens = 4 * 2 * 30 * (length + 10) * 2 // 3  # 30 twice take a quarter of it
+    assert adapter.affordable_analyses(prompts) == 30
     adapter.sft_tokens = 1
     assert adapter.affordable_analyses(prompts) == ra.BATCH_BUCKETS[0] and adapter.affordable_analyses([]) == 0
 

@@ -91,12 +91,15 @@ class SftArgs:
     """examples in a step of a fine-tuning; few teach a large adapter more for the same time"""
     lora_rank: int | None = None
     """rank of the LoRA matrices; default 8, or that of the LoRA folder given as --adapter"""
+    lora_plus_ratio: float = 1.0
+    """how many times as fast as LoRA's matrices A its matrices B learn (LoRA+); a large adapter learns from fewer
+    examples with 16 or more, and a --sft-learning-rate that is so much lower"""
 
 
 LIMITS = {
     "sft_every": (0, 10**9), "sft_learning_rate": (0, 10), "adapter_temperature": (0, 100),
     "adapter_max_tokens": (1, 4096), "sft_max_tokens": (1, 10**12), "sft_epochs": (1, 10**6),
-    "sft_batch_size": (1, 1024),
+    "sft_batch_size": (1, 1024), "lora_plus_ratio": (0, 10**6),
 }  # fmt: skip
 
 
@@ -557,12 +560,19 @@ measure_nll = jax.jit(response_nll, static_argnames="graphdef")
 
 @partial(jax.jit, static_argnames=("graphdef", "loss"))
 def sft_step(
-    graphdef: Any, loss: Loss, base: Tree, lora: Tree, optimizer: Any, batch: Tree, learning_rate: jax.Array, key: Any
-) -> tuple[Tree, Any, jax.Array, jax.Array]:
-    """Returns lora, optimizer, the loss before the step, and whether all is finite."""
+    graphdef: Any, loss: Loss, base: Tree, lora: Tree, optimizer: Any, batch: Tree, learning_rate: jax.Array, key: Any,
+    lora_plus_ratio: Any = 1.0,
+) -> tuple[Tree, Any, jax.Array, jax.Array]:  # fmt: skip
+    """Returns lora, optimizer, the loss before the step, and whether all is finite.
+
+    The learning rate is that of the matrices A; that of B is `lora_plus_ratio` times as high. While B is small A's
+    gradient is mostly noise, which Adam makes as large as any (LoRA+, arXiv 2402.12354).
+    """
     value, gradient = jax.value_and_grad(loss, argnums=2)(graphdef, base, lora, batch, key)
     updates, optimizer = SFT_OPTIMIZER.update(gradient, optimizer, lora)
-    lora = jax.tree.map(lambda weight, update: weight + learning_rate * update, lora, updates)
+    faster = {name: lora_plus_ratio if name.endswith("_b") else 1.0 for name in lora["lora"]}
+    rates = {"lora": {name: learning_rate * ratio for name, ratio in faster.items()}}
+    lora = jax.tree.map(lambda weight, update, rate: weight + rate * update, lora, updates, rates)
     return lora, optimizer, value, jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(lora))
 
 
@@ -740,12 +750,13 @@ class Adapter:
     def finetune(
         self, examples: Sequence[tuple[str, str]], key: jax.Array, epochs: int = SFT_EPOCHS,
         learning_rate: float = 2e-4, held_out: float = HELD_OUT, batch_size: int = SFT_BATCH_SIZE,
-        loss: Loss = mean_nll, report: Callable[[int, int], None] = lambda done, total: None,
+        lora_plus_ratio: float = 1.0, loss: Loss = mean_nll,
+        report: Callable[[int, int], None] = lambda done, total: None,
     ) -> dict[str, float]:  # fmt: skip
         """Fine-tunes LoRA on (prompt, response) pairs. Returns metrics, {} if there are no pairs.
 
         Of more pairs than --sft-max-tokens allows the first ones are taken. `report` is told how many steps are done.
-        The learning rate falls to nothing.
+        The learning rate falls to nothing; that of LoRA's matrices B is `lora_plus_ratio` times as high.
 
         The share `held_out` of the examples, at least one, only measures `nll_before` and `nll_after`:
         nats per response token, end token included. Fewer than four examples all measure and train.
@@ -778,7 +789,7 @@ class Adapter:
         for key_step, batch in steps:
             rate = jnp.float32(learning_rate * (1 - len(losses) / total))
             lora, optimizer, value, finite = sft_step(
-                self.graphdef, loss, self.base, self.lora, self.optimizer, batch, rate, key_step
+                self.graphdef, loss, self.base, self.lora, self.optimizer, batch, rate, key_step, lora_plus_ratio
             )
             if not finite:
                 break
@@ -976,8 +987,8 @@ def sft_command(
     model: Folder, data: Path, out: Path | None = None, epochs: int = SFT_EPOCHS, learning_rate: float = 2e-4,
     held_out: float = HELD_OUT, batch_size: int = SFT_BATCH_SIZE, lora_rank: int | None = None,
     lora_alpha: float | None = None, lora_dropout: float | None = None, lora_targets: tuple[str, ...] | None = None,
-    merge: bool = False, seed: int = 0, system_prompt: bool = True, chat_template: bool = True,
-    env_id: str = "Craftax-Classic-Symbolic-v1",
+    lora_plus_ratio: float = 1.0, merge: bool = False, seed: int = 0, system_prompt: bool = True,
+    chat_template: bool = True, env_id: str = "Craftax-Classic-Symbolic-v1",
 ) -> None:  # fmt: skip
     """Fine-tune a model with LoRA, loss on responses; print held-out loss before and after as JSON.
 
@@ -993,12 +1004,15 @@ def sft_command(
         lora_alpha: LoRA's alpha, for a scale of alpha / rank; default 16, or as in the LoRA folder
         lora_dropout: dropout before LoRA matrices, in training; default 0, or as in the LoRA folder
         lora_targets: projections with LoRA matrices; default all seven, or as in the LoRA folder
+        lora_plus_ratio: how many times as fast as the matrices A the matrices B learn (LoRA+)
         merge: write a whole Hugging Face folder, LoRA merged in, instead of the LoRA weights alone
         seed: seed of the split, the order and the LoRA weights
         system_prompt: put the adapter's system prompt first, as in training with RL
         chat_template: put prompts through the tokenizer's chat template, once
         env_id: the environment that the system prompt is about
     """
+    if not 0 <= lora_plus_ratio < math.inf:
+        raise ValueError(f"--lora-plus-ratio: must be 0 or more, not {lora_plus_ratio}")
     if batch_size < 1:
         raise ValueError(f"--batch-size: must be 1 or more, not {batch_size}")
     if epochs < 0 or not 0 < held_out <= 1 or not 0 < learning_rate < math.inf:
@@ -1016,7 +1030,9 @@ def sft_command(
     )
     adapter.chat = hf_folder.Chat(adapter.tokenizer, told, chat_template)
     with naming("--model"):
-        tuned = adapter.finetune(examples, jax.random.key(seed), epochs, learning_rate, held_out, batch_size)
+        tuned = adapter.finetune(
+            examples, jax.random.key(seed), epochs, learning_rate, held_out, batch_size, lora_plus_ratio
+        )
     if epochs:
         (adapter.export if merge else adapter.save)(out)
     print(json.dumps(tuned | {"cut_prompts": adapter.cut_prompts}))

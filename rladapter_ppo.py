@@ -850,14 +850,15 @@ def tune_adapter(
 
     Training goes on where that fails: with loss or gradients that are no numbers, or without memory for it.
     """
-    examples = table.examples(env, args.sft.sft_data)
+    sft, examples = args.sft, table.examples(env, args.sft.sft_data)
     measured, tuned = {}, {}
     try:
         if examples:
             measured |= table.agreement(env, adapter, key, "before")
-        sft = args.sft
-        settings = {"epochs": sft.sft_epochs, "learning_rate": sft.sft_learning_rate, "batch_size": sft.sft_batch_size}
-        tuned = adapter.finetune(examples, key, **settings, report=report)
+        tuned = adapter.finetune(
+            examples, key, epochs=sft.sft_epochs, learning_rate=sft.sft_learning_rate, batch_size=sft.sft_batch_size,
+            lora_plus_ratio=sft.lora_plus_ratio, report=report,
+        )  # fmt: skip
         if examples:
             measured |= table.agreement(env, adapter, key, "after")
         reason, way = "its loss or gradients became NaN or infinite", "a lower --sft-learning-rate"

@@ -337,6 +337,19 @@ def test_finetuning_learns_and_leaves_the_base_alone(adapter):
     assert not np.array_equal(before["lora"]["q_b"], adapter.lora["lora"]["q_b"])
 
 
+def test_b_learns_faster_than_a(adapter):
+    """One step of Adam moves each weight by its learning rate."""
+    moved = []
+    for ratio in (0, 16):
+        tuned = copy.copy(with_random_b(adapter))
+        tuned.finetune(TOYS[:1], jax.random.key(0), epochs=1, learning_rate=1e-3, lora_plus_ratio=ratio)
+        change = jax.tree.map(lambda new, old: float(np.abs(new - old).max()), tuned.lora, adapter.lora)["lora"]
+        moved.append({part: {value for name, value in change.items() if name.endswith(part)} for part in ("_a", "_b")})
+    assert moved[0]["_b"] == {0} and all(values for values in moved[0].values())
+    for part, rate in (("_a", 1e-3), ("_b", 16e-3)):
+        np.testing.assert_allclose(list(moved[1][part]), rate, rtol=0.02)
+
+
 def test_finetuning_few_or_no_examples(adapter):
     assert adapter.finetune([], jax.random.key(0)) == {}
     result = adapter.finetune(TOYS[:1], jax.random.key(0), epochs=3, learning_rate=1e-3)
@@ -827,6 +840,7 @@ def test_sft_reads_the_guidance_of_a_run(folder, tmp_path, capsys):
         ("generate --model /nowhere --prompt x", "--model.*no folder /nowhere"),
         ("generate --model nobody/nothing-such --prompt x", "--model.*hub"),
         ("generate --model MODEL --prompt x --max-new-tokens 0", "--max-new-tokens"),
+        ("sft --model MODEL --data /nowhere --lora-plus-ratio -1", "--lora-plus-ratio: must be 0 or more, not -1"),
         ("sft --model MODEL --data /nowhere --batch-size 0", "--batch-size: must be 1 or more, not 0"),
         ("generate --model MODEL --prompt x --temperature -1", "--temperature"),
         ("sft --model MODEL --data /nowhere --out OUT", "--data.*cannot read"),
@@ -1325,7 +1339,7 @@ def test_the_loss_is_that_of_the_answers_tokens(adapter):
 def test_a_fine_tuning_reads_no_more_than_its_budget_and_the_first_pairs_first(adapter, monkeypatch):
     seen = []
     encode = adapter.encode_example
-    monkeypatch.setattr(ra, "sft_step", lambda graphdef, loss, base, lora, optimizer, batch, rate, key: (
+    monkeypatch.setattr(ra, "sft_step", lambda graphdef, loss, base, lora, optimizer, batch, rate, key, ratio: (
         seen.append(batch["tokens"]), (lora, optimizer, jnp.float32(1), True))[1])  # fmt: skip
     examples = [(f"{i} trees", "Chop.") for i in range(40)]
     told = []
@@ -1360,7 +1374,7 @@ def test_what_is_measured_around_a_fine_tuning_is_within_its_budget_too(adapter)
 
 def test_the_rate_of_a_fine_tuning_falls_to_nothing(adapter, monkeypatch):
     rates = []
-    monkeypatch.setattr(ra, "sft_step", lambda graphdef, loss, base, lora, optimizer, batch, rate, key: (
+    monkeypatch.setattr(ra, "sft_step", lambda graphdef, loss, base, lora, optimizer, batch, rate, key, ratio: (
         rates.append(float(rate)), (lora, optimizer, jnp.float32(1), True))[1])  # fmt: skip
     adapter.finetune([(f"{i} trees", "Chop.") for i in range(36)], jax.random.key(0), epochs=1, learning_rate=1.0)
     assert rates == [1, 0.75, 0.5, 0.25]  # 32 pairs, four held out

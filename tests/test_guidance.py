@@ -415,7 +415,9 @@ def test_flags_say_how_the_adapter_is_tuned():
     table = table_of()
     table.analyses = [guidance.Analysis("a", "b", [])]
     rl.tune_adapter(rl.Args(sft=sft), Words(), table, Watched(), jax.random.key(0), print)
-    assert given == [{"epochs": 3, "learning_rate": 0.5, "batch_size": 2, "report": print}]
+    assert given == [
+        {"epochs": 3, "learning_rate": 0.5, "batch_size": 2, "lora_plus_ratio": 1.0, "report": print}
+    ]  # fmt: skip
 
 
 def test_comprehension_scores():

@@ -51,7 +51,9 @@ CACHE_BYTES = 2**28  # that the keys and values of a batch may take on a CPU; 8 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # what LoRA adapts
 
 SFT_EPOCHS = 2  # passes over the examples
-SFT_BATCH_SIZE = 8  # examples in a fine-tuning step, padded to a multiple of LENGTH_BUCKET as well
+SFT_BATCH_SIZE = 2  # examples in a step: many small steps teach more in the same time (docs/log.md)
+SFT_ROWS = 8  # examples that are measured at a time; of fewer a fine-tuning is not made, whatever its budget
+LORA_PLUS_RATIO = 50.0  # B learns so many times as fast as A
 SFT_COMPUTE = 1e12  # floating-point operations of a fine-tuning by default: some 15 seconds of a CPU core
 HELD_OUT = 0.1  # share of the fine-tuning examples that only measures
 # Adam's share of a step; `sft_step` multiplies it by the learning rate, an argument there
@@ -84,16 +86,16 @@ class SftArgs:
     """tokens that a fine-tuning may read, the most telling examples first; default: what takes about 1e12
     floating-point operations, 150,000 for the tiny adapter, 930 (and no fewer than 8 pairs) for one of 135M"""
     sft_learning_rate: float = 2e-4
-    """learning rate of Adam at the start of each fine-tuning of the adapter; it falls to nothing within it"""
+    """learning rate of Adam for LoRA's matrices A at the start of each fine-tuning; it falls to nothing within it"""
     sft_epochs: int = SFT_EPOCHS
     """passes of a fine-tuning over its examples"""
     sft_batch_size: int = SFT_BATCH_SIZE
-    """examples in a step of a fine-tuning; few teach a large adapter more for the same time"""
+    """examples in a step of a fine-tuning; small steps teach more in the same time"""
     lora_rank: int | None = None
     """rank of the LoRA matrices; default 8, or that of the LoRA folder given as --adapter"""
-    lora_plus_ratio: float = 1.0
-    """how many times as fast as LoRA's matrices A its matrices B learn (LoRA+); a large adapter learns from fewer
-    examples with 16 or more, and a --sft-learning-rate that is so much lower"""
+    lora_plus_ratio: float = LORA_PLUS_RATIO
+    """how many times the learning rate of LoRA's matrices B is that of its matrices A (LoRA+); 1: plain LoRA, which
+    needs three times as many examples"""
 
 
 LIMITS = {
@@ -750,7 +752,7 @@ class Adapter:
     def finetune(
         self, examples: Sequence[tuple[str, str]], key: jax.Array, epochs: int = SFT_EPOCHS,
         learning_rate: float = 2e-4, held_out: float = HELD_OUT, batch_size: int = SFT_BATCH_SIZE,
-        lora_plus_ratio: float = 1.0, loss: Loss = mean_nll,
+        lora_plus_ratio: float = LORA_PLUS_RATIO, loss: Loss = mean_nll,
         report: Callable[[int, int], None] = lambda done, total: None,
     ) -> dict[str, float]:  # fmt: skip
         """Fine-tunes LoRA on (prompt, response) pairs. Returns metrics, {} if there are no pairs.
@@ -768,7 +770,7 @@ class Adapter:
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
         texts = [self.encode_example(*example) for example in examples]
         if self.sft_tokens is not None:
-            texts = texts[: max(SFT_BATCH_SIZE, self.sft_tokens // (max(1, epochs) * row_length(texts)))]
+            texts = texts[: max(SFT_ROWS, self.sft_tokens // (max(1, epochs) * row_length(texts)))]
         texts = [texts[i] for i in rng.permutation(len(texts))]
         beginning = self.beginning_of([prompt for prompt, *_ in texts])
         beginning = beginning if len(beginning) >= LENGTH_BUCKET else []  # a shorter one costs more than it saves
@@ -808,7 +810,7 @@ class Adapter:
 
     def nll(self, packed: dict[str, np.ndarray]) -> float:
         """Returns the nats per response token over packed rows."""
-        parts = batches(packed, SFT_BATCH_SIZE, np.arange(len(packed["tokens"])))
+        parts = batches(packed, SFT_ROWS, np.arange(len(packed["tokens"])))
         sums = [measure_nll(self.graphdef, self.base, self.lora, batch) for batch in parts]
         return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
 
@@ -987,7 +989,7 @@ def sft_command(
     model: Folder, data: Path, out: Path | None = None, epochs: int = SFT_EPOCHS, learning_rate: float = 2e-4,
     held_out: float = HELD_OUT, batch_size: int = SFT_BATCH_SIZE, lora_rank: int | None = None,
     lora_alpha: float | None = None, lora_dropout: float | None = None, lora_targets: tuple[str, ...] | None = None,
-    lora_plus_ratio: float = 1.0, merge: bool = False, seed: int = 0, system_prompt: bool = True,
+    lora_plus_ratio: float = LORA_PLUS_RATIO, merge: bool = False, seed: int = 0, system_prompt: bool = True,
     chat_template: bool = True, env_id: str = "Craftax-Classic-Symbolic-v1",
 ) -> None:  # fmt: skip
     """Fine-tune a model with LoRA, loss on responses; print held-out loss before and after as JSON.
@@ -997,14 +999,14 @@ def sft_command(
         data: JSON lines, {"prompt": ..., "response": ...}, as in a run's examples.jsonl
         out: folder to write; not needed with --epochs 0, which only measures
         epochs: passes over the training lines
-        learning_rate: learning rate of Adam at the start; it falls to nothing
+        learning_rate: learning rate of Adam for the matrices A at the start; it falls to nothing
         held_out: share of the lines that only measures; 1 measures on all, with --epochs 0
         batch_size: lines in a step
         lora_rank: rank of new LoRA matrices; default 8, or as in the LoRA folder
         lora_alpha: LoRA's alpha, for a scale of alpha / rank; default 16, or as in the LoRA folder
         lora_dropout: dropout before LoRA matrices, in training; default 0, or as in the LoRA folder
         lora_targets: projections with LoRA matrices; default all seven, or as in the LoRA folder
-        lora_plus_ratio: how many times as fast as the matrices A the matrices B learn (LoRA+)
+        lora_plus_ratio: how many times the learning rate of the matrices B is that of A (LoRA+)
         merge: write a whole Hugging Face folder, LoRA merged in, instead of the LoRA weights alone
         seed: seed of the split, the order and the LoRA weights
         system_prompt: put the adapter's system prompt first, as in training with RL

@@ -39,10 +39,10 @@ class Variant:
 
 
 # What the tiny adapter takes to learn what it is tuned on: some 15 seconds of a CPU core a phase.
-TUNED = "--sft-learning-rate 7e-3 --sft-every 1 --sft-max-tokens 100000"
+TUNED = "--sft-learning-rate 7e-3 --lora-plus-ratio 1 --sft-batch-size 8 --sft-every 1 --sft-max-tokens 100000"
 # A general model of 135M weights, and what it takes: some six minutes of a CPU core every second phase.
 SMOLLM2 = "--adapter HuggingFaceTB/SmolLM2-135M-Instruct --adapter-max-tokens 96"
-SMOLLM2_TUNED = "--sft-every 2 --sft-max-tokens 33000 --sft-epochs 1 --sft-batch-size 2 --lora-plus-ratio 50"
+SMOLLM2_TUNED = "--sft-every 2 --sft-max-tokens 33000 --sft-epochs 1"
 
 # README's tables, the figures and the tests are made from this.
 VARIANTS = {

@@ -654,7 +654,7 @@ def test_another_loss_can_be_trained(adapter):
         return sum(jnp.sum(factor**2) for factor in jax.tree.leaves(lora))
 
     before = sum(float(jnp.sum(factor**2)) for factor in jax.tree.leaves(adapter.lora))
-    result = adapter.finetune(TOYS[:4], jax.random.key(0), epochs=1, learning_rate=1e-3, loss=size)
+    result = adapter.finetune(TOYS[:4], jax.random.key(0), epochs=1, learning_rate=1e-3, batch_size=4, loss=size)
     assert result["sft_loss"] == pytest.approx(before, rel=1e-4)
     assert sum(float(jnp.sum(factor**2)) for factor in jax.tree.leaves(adapter.lora)) < before
 
@@ -1301,12 +1301,13 @@ def test_a_fine_tuning_reads_once_what_all_prompts_begin_with(folder, tmp_path, 
 
     monkeypatch.setattr(ra, "sft_step", watched)
     with_read_once, apart = ra.load_adapter(path, system=system), ra.load_adapter(path, system=system)
-    metrics = with_read_once.finetune(TOYS, jax.random.key(0), learning_rate=1e-2)
+    settings = {"learning_rate": 1e-2, "lora_plus_ratio": 1}
+    metrics = with_read_once.finetune(TOYS, jax.random.key(0), **settings)
     assert shapes == {(ra.LENGTH_BUCKET, len(with_read_once.beginning))}
     assert len(with_read_once.beginning) >= ra.LENGTH_BUCKET
     monkeypatch.setattr(ra, "sft_step", step)
     monkeypatch.setattr(apart, "beginning_of", lambda prompts: [])
-    assert apart.finetune(TOYS, jax.random.key(0), learning_rate=1e-2) == pytest.approx(metrics, rel=1e-3)
+    assert apart.finetune(TOYS, jax.random.key(0), **settings) == pytest.approx(metrics, rel=1e-3)
 
 
 def test_a_short_beginning_is_read_with_every_prompt(adapter, monkeypatch):
@@ -1350,9 +1351,9 @@ def test_a_fine_tuning_reads_no_more_than_its_budget_and_the_first_pairs_first(a
     rows = {tuple(row[row > 0]) for batch in seen for row in batch if row.any()}
     first = {tuple(np.array(sum(encode(*pair), []))) for pair in examples[:16]}
     assert len(rows) == 14 and rows <= first  # two are held out
-    assert told == [(i, 4) for i in range(1, 5)]
+    assert told == [(i, 14) for i in range(1, 15)]
     adapter.sft_tokens = 1
-    assert adapter.finetune(examples, jax.random.key(0))["examples"] == ra.SFT_BATCH_SIZE
+    assert adapter.finetune(examples, jax.random.key(0))["examples"] == ra.SFT_ROWS
 
 
 def test_an_adapter_of_a_run_has_a_budget_by_its_size():
@@ -1376,10 +1377,11 @@ def test_the_rate_of_a_fine_tuning_falls_to_nothing(adapter, monkeypatch):
     rates = []
     monkeypatch.setattr(ra, "sft_step", lambda graphdef, loss, base, lora, optimizer, batch, rate, key, ratio: (
         rates.append(float(rate)), (lora, optimizer, jnp.float32(1), True))[1])  # fmt: skip
-    adapter.finetune([(f"{i} trees", "Chop.") for i in range(36)], jax.random.key(0), epochs=1, learning_rate=1.0)
+    trees = [(f"{i} trees", "Chop.") for i in range(36)]
+    adapter.finetune(trees, jax.random.key(0), epochs=1, learning_rate=1.0, batch_size=8)
     assert rates == [1, 0.75, 0.5, 0.25]  # 32 pairs, four held out
     rates.clear()
-    adapter.finetune([(f"{i} trees", "Chop.") for i in range(36)], jax.random.key(0), epochs=3, batch_size=16)
+    adapter.finetune(trees, jax.random.key(0), epochs=3, batch_size=16)
     assert len(rates) == 3 * 2
 
 

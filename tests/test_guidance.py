@@ -411,12 +411,12 @@ def test_flags_say_how_the_adapter_is_tuned():
             given.append(settings)
             return {}
 
-    sft = rladapter_adapter.SftArgs(sft_data="all", sft_epochs=3, sft_learning_rate=0.5, sft_batch_size=2)
+    sft = rladapter_adapter.SftArgs(sft_data="all", sft_epochs=3, sft_learning_rate=0.5, sft_batch_size=4)
     table = table_of()
     table.analyses = [guidance.Analysis("a", "b", [])]
     rl.tune_adapter(rl.Args(sft=sft), Words(), table, Watched(), jax.random.key(0), print)
     assert given == [
-        {"epochs": 3, "learning_rate": 0.5, "batch_size": 2, "lora_plus_ratio": 1.0, "report": print}
+        {"epochs": 3, "learning_rate": 0.5, "batch_size": 4, "lora_plus_ratio": 50, "report": print}
     ]  # fmt: skip
 
 

@@ -37,8 +37,11 @@ STYLE = {
 }  # fmt: skip
 WIDTH = 6.4  # inches
 RETURN, SCORE = "return", "score, %"
-COLOURS = {"retrieved": "tab:purple", "rules": "0.3"}  # whose own would be taken in a figure of COMPARED
-COMPARED = ("none", "facts", "no-adapter", "no-sft", "experience", "retrieved", "rules")  # where the guide knows little
+# Whose own colour would be taken in a figure of COMPARED
+COLOURS = {"retrieved": "tab:purple", "rules": "0.3", "smollm2-no-sft": "tab:olive", "smollm2-experience": "tab:cyan"}
+COMPARED = (  # where the guide knows little
+    "none", "facts", "no-adapter", "no-sft", "experience", "smollm2-no-sft", "smollm2-experience", "retrieved", "rules",
+)  # fmt: skip
 OURS = ("env, our resets", "rollout", "unguided", "guided", "guided, no adapter", "same work, ours")
 
 

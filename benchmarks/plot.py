@@ -38,7 +38,7 @@ STYLE = {
 WIDTH = 6.4  # inches
 RETURN, SCORE = "return", "score, %"
 # Whose own colour would be taken in a figure of COMPARED
-COLOURS = {"retrieved": "tab:purple", "rules": "0.3", "smollm2-no-sft": "tab:olive", "smollm2-experience": "tab:cyan"}
+COLOURS = {"retrieved": "tab:purple", "rules": "0.3", "smollm2-no-sft": "tab:olive", "smollm2-experience": "tab:pink"}
 COMPARED = (  # where the guide knows little
     "none", "facts", "no-adapter", "no-sft", "experience", "smollm2-no-sft", "smollm2-experience", "retrieved", "rules",
 )  # fmt: skip

@@ -866,7 +866,7 @@ def tune_adapter(
         if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
             raise
         tuned = {"examples": len(examples), **tuned, "sft_stopped": 1}
-        reason, way = "it ran out of memory", "a smaller --adapter"
+        reason, way = "it ran out of memory", "a smaller --sft-batch-size or --adapter"
     if tuned.get("sft_stopped"):
         kept = "the last good weights are kept and training goes on"
         adapter.warn(reason, f"a fine-tuning of the adapter was stopped, {reason}; {kept}; try {way}")

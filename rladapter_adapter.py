@@ -572,9 +572,8 @@ def sft_step(
     """
     value, gradient = jax.value_and_grad(loss, argnums=2)(graphdef, base, lora, batch, key)
     updates, optimizer = SFT_OPTIMIZER.update(gradient, optimizer, lora)
-    faster = {name: lora_plus_ratio if name.endswith("_b") else 1.0 for name in lora["lora"]}
-    rates = {"lora": {name: learning_rate * ratio for name, ratio in faster.items()}}
-    lora = jax.tree.map(lambda weight, update, rate: weight + rate * update, lora, updates, rates)
+    rates = {name: learning_rate * (lora_plus_ratio if name.endswith("_b") else 1.0) for name in lora["lora"]}
+    lora = jax.tree.map(lambda weight, update, rate: weight + rate * update, lora, updates, {"lora": rates})
     return lora, optimizer, value, jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(lora))
 
 

@@ -140,24 +140,30 @@ class Suite:
     flags: str = ""  # of all its runs
 
 
+# Of the suites with a guide that does not know the task
+WITH_ADAPTERS = (
+    "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "smollm2-no-sft",
+    "smollm2-experience", "exchanged", "retrieved", "random-analyses", "rules",
+)  # fmt: skip
+
 SUITES = {
     "main": Suite((
         "guided", "none", "facts", "facts-pointer", "none-bonus", "facts-bonus", "context-only", "no-pointer",
         "no-memory", "no-prediction", "no-trials", "no-adapter", "no-sft", "random", "shuffled", "pause",
     ), "--eval-episodes 512"),
     # A guide that does not know the task: what the adapter's analyses are worth, and what it is tuned on.
-    "adapter": Suite((
-        "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience",
-        "smollm2-no-sft", "smollm2-experience", "exchanged", "retrieved", "random-analyses", "rules",
-    ), "--rules-knowledge minecraft --guidance-support 3 --adapter-temperature 0.5 --query-until 0.8 "
-       "--eval-episodes 512 --total-timesteps 300000"),
+    "adapter": Suite(
+        WITH_ADAPTERS,
+        "--rules-knowledge minecraft --guidance-support 3 --adapter-temperature 0.5 --query-until 0.8 "
+        "--eval-episodes 512 --total-timesteps 300000",
+    ),
     # The same with a real, small LLM: start the server first, docs/adapter.md says how.
-    "llm": Suite((
-        "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience",
-        "smollm2-no-sft", "smollm2-experience", "exchanged", "retrieved", "random-analyses", "rules",
-    ), "--llm http --llm-model smollm2 --llm-base-url http://127.0.0.1:18080/v1 --llm-concurrency 4 --llm-timeout 300 "
-       "--llm-cache none --guidance-support 2 --adapter-temperature 0.5 --query-until 0.8 --eval-episodes 512 "
-       "--total-timesteps 300000"),
+    "llm": Suite(
+        WITH_ADAPTERS,
+        "--llm http --llm-model smollm2 --llm-base-url http://127.0.0.1:18080/v1 --llm-concurrency 4 --llm-timeout 300 "
+        "--llm-cache none --guidance-support 2 --adapter-temperature 0.5 --query-until 0.8 --eval-episodes 512 "
+        "--total-timesteps 300000",
+    ),
     "comprehension": Suite(("guided", "cosine-actions", "success", "binary", "no-comprehension")),
     "toy": Suite(
         ("guided", "none"),

@@ -146,17 +146,20 @@ WITH_ADAPTERS = (
     "smollm2-experience", "exchanged", "retrieved", "random-analyses", "rules",
 )  # fmt: skip
 
+# The offline guide that believes in Minecraft
+MINECRAFT = (
+    "--rules-knowledge minecraft --guidance-support 3 --adapter-temperature 0.5 --query-until 0.8 --eval-episodes 512"
+)
+
 SUITES = {
     "main": Suite((
         "guided", "none", "facts", "facts-pointer", "none-bonus", "facts-bonus", "context-only", "no-pointer",
         "no-memory", "no-prediction", "no-trials", "no-adapter", "no-sft", "random", "shuffled", "pause",
     ), "--eval-episodes 512"),
     # A guide that does not know the task: what the adapter's analyses are worth, and what it is tuned on.
-    "adapter": Suite(
-        WITH_ADAPTERS,
-        "--rules-knowledge minecraft --guidance-support 3 --adapter-temperature 0.5 --query-until 0.8 "
-        "--eval-episodes 512 --total-timesteps 300000",
-    ),
+    "adapter": Suite(WITH_ADAPTERS, f"{MINECRAFT} --total-timesteps 300000"),
+    # Whether it still is where there is more time; without any guide that is of the suite main.
+    "adapter-1m": Suite(("no-adapter", "no-sft", "experience", "rules"), MINECRAFT),
     # The same with a real, small LLM: start the server first, docs/adapter.md says how.
     "llm": Suite(
         WITH_ADAPTERS,
@@ -171,7 +174,7 @@ SUITES = {
         "--queries-per-phase 2 --eval-episodes 16 --adapter none --total-timesteps 2000",
     ),
 }  # fmt: skip
-SuiteName = Literal["main", "adapter", "llm", "comprehension", "toy"]
+SuiteName = Literal["main", "adapter", "adapter-1m", "llm", "comprehension", "toy"]
 FREE_FLAGS = {"run_dir", "resume", "exp_name", "track", "save_every"}  # these change no result
 
 
@@ -179,7 +182,7 @@ FREE_FLAGS = {"run_dir", "resume", "exp_name", "track", "save_every"}  # these c
 class Options:
     suite: SuiteName = "main"
     """main: the method, its controls and ablations; adapter: what it is worth to a guide that does not know the task;
-    llm: the same with a server that --llm http asks;
+    adapter-1m: the same with 1M steps, a part of it; llm: the same with a server that --llm http asks;
     comprehension: the scores; toy: a minute's check"""
     seeds: int = 5
     """seeds 1 to this"""

@@ -4,8 +4,9 @@
             found.examples(...)                the analyses that would have been right there
             found.agreement(...)               how often what an adapter names was reached, and paid
 
-*Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached and was paid for soon after,
-where that paid more than is usual in such a situation: what is often reached needs no advice. *Experience*: what
+*Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached and was paid for soon after (or
+reached, where none was paid for), where these steps paid more than is usual in such a situation: what is often reached
+needs no advice. *Experience*: what
 was so whenever a sub-goal was reached and paid for. What is found out comes of what a player can see, of its rewards,
 and of nothing that the game's rules say. No LLM is asked.
 
@@ -34,11 +35,13 @@ OTHERS = 2  # sub-goals of which experience says what they take, beside the one 
 MAX_FACTS = 5  # that a sentence says of what a sub-goal takes, the rarest ones
 
 
-def look_ahead(history: dict[str, np.ndarray], steps: np.ndarray, envs: np.ndarray) -> dict[str, np.ndarray]:
+def look_ahead(
+    history: dict[str, np.ndarray], steps: np.ndarray, envs: np.ndarray, num_goals: int
+) -> dict[str, np.ndarray]:
     """Finds what came of situations within HORIZON steps, or to the end of the episode.
 
     Args:
-        history: of a phase reward (S, N), done (S, N), reached (S, N, G)
+        history: of a phase reward (S, N), done (S, N), reached (S, N, G / 8) packed bits
         steps, envs: (M,) which situations
     Returns:
         returns (M,); when (M, G), after how many steps each sub-goal was reached first, HORIZON for never; paid (M, G),
@@ -46,14 +49,14 @@ def look_ahead(history: dict[str, np.ndarray], steps: np.ndarray, envs: np.ndarr
         phase ends within HORIZON steps, also if the episode ends before that: of situations so late only those that end
         badly would be known
     """
-    num_steps, num_goals = len(history["done"]), history["reached"].shape[-1]
+    num_steps = len(history["done"])
     returns, alive = np.zeros(len(steps)), np.ones(len(steps), bool)
     when = np.full((len(steps), num_goals), HORIZON, np.int32)
     paid = np.zeros((len(steps), num_goals), bool)
     known = steps + HORIZON <= num_steps
     for ahead in range(HORIZON):
         at = np.minimum(steps + ahead, num_steps - 1), envs
-        reached = history["reached"][at] & alive[:, None]
+        reached = np.unpackbits(history["reached"][at], axis=-1, count=num_goals).astype(bool) & alive[:, None]
         returns += history["reward"][at] * alive
         when = np.where(reached & (when == HORIZON), ahead, when)
         paid |= reached & (history["reward"][at] > PAYS)[:, None]
@@ -100,16 +103,14 @@ class Found:
         """
         if not history:
             return
-        arrays, goals = self.arrays, self.game.num_basic
+        arrays = self.arrays
         for name, value in sums.items():
             setattr(arrays, name, getattr(arrays, name) + value)
         num_updates, num_steps, num_envs = history["done"].shape
         update = np.repeat(np.arange(num_updates), history["chosen"].shape[1])
         step, env = np.divmod(history["chosen"].ravel(), num_envs)
-        reached = np.unpackbits(history["reached"], axis=-1, count=goals).astype(bool)
-        whole = {"reward": history["reward"], "done": history["done"], "reached": reached}
-        whole = {name: array.reshape(-1, *array.shape[2:]) for name, array in whole.items()}
-        came = look_ahead(whole, update * num_steps + step, env)
+        whole = {name: history[name].reshape(-1, *history[name].shape[2:]) for name in ("reward", "done", "reached")}
+        came = look_ahead(whole, update * num_steps + step, env, self.game.num_basic)
         new = np.flatnonzero(came["known"])[-MAX_REMEMBERED:]
         rows = (self.num + np.arange(len(new))) % MAX_REMEMBERED
         arrays.held[:] = False

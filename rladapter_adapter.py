@@ -94,8 +94,8 @@ class SftArgs:
     lora_rank: int | None = None
     """rank of the LoRA matrices; default 8, or that of the LoRA folder given as --adapter"""
     lora_plus_ratio: float = LORA_PLUS_RATIO
-    """how many times the learning rate of LoRA's matrices B is that of its matrices A (LoRA+); 1: plain LoRA, which
-    needs three times as many examples"""
+    """how many times the learning rate of LoRA's matrices B is that of its matrices A (LoRA+); 1: plain LoRA, of which
+    a model of 135M weights needed three times as many examples"""
 
 
 LIMITS = {
@@ -581,15 +581,12 @@ def sft_step(
 
 
 class NoAdapter:
-    """Stands in for an adapter with `--adapter none`: says nothing, learns nothing."""
+    """Stands in for an adapter with `--adapter none`: says nothing, and is never tuned."""
 
     cut_prompts, waits = 0, False
 
     def analyse(self, prompts: Sequence[str], key: jax.Array) -> list[str]:
         return [""] * len(prompts)
-
-    def finetune(self, examples: Sequence[tuple[str, str]], *settings: Any, **more: Any) -> dict[str, float]:
-        return {}
 
     def save(self, folder: Path) -> None:
         pass
@@ -708,7 +705,7 @@ class Adapter:
         self.warn(
             "names nothing",
             "no analysis of this pause names a sub-goal, so a guide can't follow any, and --sft-data best finds no "
-            "example; try --sft-data hindsight, a lower --adapter-temperature, or another --adapter",
+            "example; try --sft-data experience, a lower --adapter-temperature, or another --adapter",
         )
 
     def warn(self, kind: str, message: str) -> None:
@@ -774,11 +771,13 @@ class Adapter:
         beginning = self.beginning_of([prompt for prompt, *_ in texts])
         beginning = beginning if len(beginning) >= LENGTH_BUCKET else []  # a shorter one costs more than it saves
         texts = [(prompt[len(beginning) :], *rest) for prompt, *rest in texts]
-        num_held = min(max(1, round(held_out * len(texts))), len(texts)) if len(texts) >= 4 else 0
+        most_held = len(texts) - (epochs > 0)  # one at least is trained on
+        num_held = min(max(1, round(held_out * len(texts))), most_held) if len(texts) >= 4 else 0
         length, prefix = row_length(texts), {"prefix": np.asarray([beginning], np.int32)} if beginning else {}
         training = pack(texts[num_held:], length) | prefix
         measured = pack(texts[:num_held], length) | prefix if num_held else training
         before = self.nll(measured)
+        batch_size = max(1, min(batch_size, len(training["tokens"])))
         total = epochs * math.ceil(len(training["tokens"]) / batch_size)
         steps = (
             (jax.random.fold_in(jax.random.fold_in(key, epoch), i), batch)
@@ -882,7 +881,7 @@ def load_adapter(
 
 def make_adapter(args: SftArgs, seed: int, game: Game) -> Adapter | NoAdapter:
     """Returns the adapter of --adapter. Raises ValueError, one line that names the flag."""
-    if args.adapter == "none":
+    if args.adapter == "none" or args.analyses == "retrieved":  # the latter is in an adapter's place
         return NoAdapter()
     hint = "; or use --adapter none"
     adapter = open_adapter("--adapter", args.adapter, seed, hint, about(game), rank=args.lora_rank)
@@ -931,7 +930,7 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--data: cannot read {path}: {first_line(error)}") from None
-    examples, phase = [], None
+    examples, phase, earlier = [], None, 0
     for number, line in ((i, line) for i, line in enumerate(lines, 1) if line.strip()):
         try:
             record = json.loads(line)
@@ -940,7 +939,7 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
             if not isinstance(prompt, str) or not isinstance(response, str):
                 raise TypeError
             if "response" in record and record.get("phase") != phase:  # each fine-tuning has all its examples
-                examples, phase = [], record.get("phase")
+                examples, phase, earlier = [], record.get("phase"), earlier + len(examples)
         except (ValueError, KeyError, TypeError, RecursionError):
             kinds = 'neither {"prompt": ..., "response": ...} nor a record of a guidance.jsonl'
             raise ValueError(f"--data: line {number} of {path} is {kinds}") from None
@@ -950,6 +949,8 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
             examples.append((prompt, response))
     if not examples:
         raise ValueError(f"--data: {path} holds no examples")
+    if earlier:
+        print(f"note: lines of earlier phases in {path} are not used: {earlier}", file=sys.stderr)
     return examples
 
 
@@ -995,8 +996,9 @@ def sft_command(
 
     Args:
         model: a Llama, Qwen2 or Qwen3 folder in Hugging Face format, a hub id, or a LoRA folder
-        data: JSON lines, {"prompt": ..., "response": ...}, as in a run's examples.jsonl
-        out: folder to write; not needed with --epochs 0, which only measures
+        data: JSON lines, {"prompt": ..., "response": ...}, as in a run's examples.jsonl; with a "phase" in them, as
+            there, only the lines after its last change are used: those of the last fine-tuning
+        out: folder to write; not needed with --epochs 0, which only measures (and, with --merge, merges)
         epochs: passes over the training lines
         learning_rate: learning rate of Adam for the matrices A at the start; it falls to nothing
         held_out: share of the lines that only measures; 1 measures on all, with --epochs 0
@@ -1030,11 +1032,17 @@ def sft_command(
         "--model", model, seed, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets
     )
     adapter.chat = hf_folder.Chat(adapter.tokenizer, told, chat_template)
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)  # can it be made? Later all that is trained would be lost
+            out.rmdir()
+        except OSError as error:
+            raise ValueError(f"--out: cannot make {out}: {first_line(error)}") from None
     with naming("--model"):
         tuned = adapter.finetune(
             examples, jax.random.key(seed), epochs, learning_rate, held_out, batch_size, lora_plus_ratio
         )
-    if epochs:
+    if out is not None:
         (adapter.export if merge else adapter.save)(out)
     print(json.dumps(tuned | {"cut_prompts": adapter.cut_prompts}))
 

@@ -38,6 +38,7 @@ import tyro
 from flax import nnx
 
 import guidance
+import hindsight
 import llm_client
 import rladapter_adapter
 from advice import CONTEXTS, ContextVectors, Exposure, GuidanceTable, NoContext, draw_exposures, pytree
@@ -46,7 +47,6 @@ from envs.game import Game
 from envs.nearest import NUM_FEATURES, pointed
 from envs.scores import Tally, episode_metrics
 from guidance import HostTable, TableArgs
-from hindsight import PAYS
 from llm_client import LlmArgs, NoGuide, make_guide
 from rladapter_adapter import NoAdapter, SftArgs, make_adapter, write_analyses
 from utils import devices, runs
@@ -175,7 +175,12 @@ class Args:
 
     @property
     def tunes(self) -> bool:
-        return self.context.guided and self.sft.adapter != "none" and self.sft.sft_every > 0
+        return (
+            self.context.guided
+            and self.sft.adapter != "none"
+            and self.sft.analyses != "retrieved"
+            and self.sft.sft_every > 0
+        )
 
     @property
     def context(self) -> type[NoContext]:
@@ -642,7 +647,7 @@ def look_back(
         return {}, {}
     seen = transitions.reached, transitions.facts
     reached, facts = (x.reshape(args.batch_size, -1).astype(jnp.float32) for x in seen)
-    paid = reached * (transitions.env_reward.reshape(-1, 1) > PAYS)
+    paid = reached * (transitions.env_reward.reshape(-1, 1) > hindsight.PAYS)
     followed = paid * ~transitions.done.at[-1].set(True).reshape(-1, 1)  # what follows the last step is not there
     later = jnp.roll(facts, -args.num_envs, 0)
     sums = {
@@ -786,6 +791,12 @@ def check_args(args: Args) -> None:
         raise ValueError(
             f"--analyses retrieved: --sft-data {args.sft.sft_data} keeps no situations; choose hindsight or experience"
         )
+    steps = args.updates_per_phase * args.num_steps
+    if args.learns and args.sft.sft_data in rladapter_adapter.FROM_PLAY and steps < hindsight.HORIZON:
+        raise ValueError(
+            f"--sft-data {args.sft.sft_data}: looks {hindsight.HORIZON} steps ahead within a phase, which has {steps}; "
+            "choose a larger --num-steps or --updates-per-phase"
+        )
     if args.batch_size * 500 > 64 * 2**30:  # bytes of a `Transition`, about
         raise ValueError(f"--num-envs, --num-steps: {args.batch_size} samples are too many; choose smaller ones")
 
@@ -865,7 +876,7 @@ def tune_adapter(
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
             raise
-        tuned = {"examples": len(examples), **tuned, "sft_stopped": 1}
+        tuned = {"examples": 0, **tuned, "sft_stopped": 1}
         reason, way = "it ran out of memory", "a smaller --sft-batch-size or --adapter"
     if tuned.get("sft_stopped"):
         kept = "the last good weights are kept and training goes on"

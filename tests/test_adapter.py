@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import inspect
 import io
 import json
 import os
@@ -26,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rladapter_adapter as ra
+import rladapter_ppo as rl
 from envs.crafter import CRAFTER
 from envs.crafter.captions import read_caption
 from llm_client import Question
@@ -616,16 +616,8 @@ def test_the_measures_of_analyses():
 def test_no_adapter_says_and_learns_nothing():
     nobody = ra.NoAdapter()
     assert nobody.analyse(["a", "b"], jax.random.key(0)) == ["", ""]
-    assert nobody.finetune(TOYS, jax.random.key(0)) == {} and nobody.state() == {}
+    assert nobody.state() == {}
     nobody.load_state({})
-
-
-def test_no_adapter_can_be_tuned_as_an_adapter_is(adapter):
-    """Positional arguments were refused by the one that does nothing with them."""
-    arguments = (TOYS[:1], jax.random.key(0), 0, 1e-3, 0.5, ra.mean_nll)
-    inspect.signature(ra.Adapter.finetune).bind(None, *arguments)
-    assert ra.NoAdapter().finetune(*arguments) == {}
-    assert ra.NoAdapter().finetune(TOYS, jax.random.key(0), learning_rate=1e-3) == {}
 
 
 def test_analyses_are_written_into_the_questions():
@@ -826,6 +818,35 @@ def test_sft_on_the_command_line(folder, data, tmp_path, capsys, merge):
     assert again["nll_before"] == again["nll_after"] == pytest.approx(result["nll_after"], rel=1e-4)
 
 
+def test_a_tuned_adapter_is_merged_without_tuning_it_further(adapter, lora_folder, data, tmp_path, capsys):
+    out = tmp_path / "merged"
+    argv = ["sft", "--model", lora_folder, "--data", data, "--epochs", 0]
+    code, text, error = run(capsys, *argv, "--out", out, "--merge")
+    assert code == 0, error
+    assert (out / "config.json").exists()
+    code, again, _ = run(capsys, "sft", "--model", out, "--data", data, "--epochs", 0)
+    assert json.loads(again)["nll_before"] == pytest.approx(json.loads(text)["nll_before"], rel=1e-4)
+
+
+def test_a_folder_that_can_not_be_made_is_said_before_training(folder, data, capsys, monkeypatch):
+    monkeypatch.setattr(ra.Adapter, "finetune", lambda *_, **__: pytest.fail("trained"))
+    code, out, error = run(capsys, "sft", "--model", folder, "--data", data, "--out", data / "out")
+    assert (code, out) == (2, "") and error.startswith(f"error: --out: cannot make {data / 'out'}: ")
+
+
+def test_a_large_share_held_out_leaves_something_to_train_on(adapter):
+    result = adapter.finetune(TOYS, jax.random.key(0), epochs=1, held_out=0.99)
+    assert result["held_out"] == 7 and result["sft_loss"] != result["nll_before"]
+    assert adapter.finetune(TOYS, jax.random.key(0), epochs=0, held_out=1)["held_out"] == 8
+
+
+def test_steps_are_no_larger_than_what_there_is_to_read(adapter, monkeypatch):
+    sizes, step = [], ra.sft_step
+    monkeypatch.setattr(ra, "sft_step", lambda *args: sizes.append(len(args[5]["tokens"])) or step(*args))
+    adapter.finetune(TOYS, jax.random.key(0), epochs=1, batch_size=64)
+    assert sizes == [7]
+
+
 def test_sft_reads_the_guidance_of_a_run(folder, tmp_path, capsys):
     path = tmp_path / "guidance.jsonl"
     records = [{"adapter_prompt": p, "analysis": r} for p, r in TOYS] + [{"adapter_prompt": "x", "analysis": ""}]
@@ -912,11 +933,14 @@ def test_the_adapter_of_a_run(folder, lora_folder):
         assert "\n" not in str(error.value)
 
 
-def test_examples_of_a_run_may_say_more(tmp_path):
+def test_examples_of_a_run_may_say_more(tmp_path, capsys):
     path = tmp_path / "examples.jsonl"
     lines = ['{"phase": 7, "prompt": "a", "response": "b"}', "", '{"phase": 7, "prompt": "c", "response": "d"}']
     path.write_text("\n".join(lines))
-    assert ra.read_examples(path) == [("a", "b"), ("c", "d")]
+    assert ra.read_examples(path) == [("a", "b"), ("c", "d")] and not capsys.readouterr().err
+    path.write_text("\n".join([*lines, '{"phase": 8, "prompt": "e", "response": "f"}']))
+    assert ra.read_examples(path) == [("e", "f")]  # of two fine-tunings the last one
+    assert capsys.readouterr().err == f"note: lines of earlier phases in {path} are not used: 2\n"
 
 
 def test_examples_with_any_white_space_in_them(tmp_path):
@@ -1404,6 +1428,14 @@ def test_an_adapter_that_is_to_tell_what_play_shows_says_nothing_before_it_is_tu
     other = ra.make_adapter(ra.SftArgs(adapter=str(tmp_path / "tuned"), sft_data="experience"), 0, CRAFTER)
     assert not other.waits  # another run tuned it
     assert not ra.NoAdapter().waits
+
+
+def test_what_is_told_in_an_adapters_place_needs_none(folder):
+    """An untuned one spoke until something was found, and was tuned for nothing."""
+    sft = ra.SftArgs(adapter=str(folder), analyses="retrieved", sft_data="experience", sft_every=1)
+    assert isinstance(ra.make_adapter(sft, 0, CRAFTER), ra.NoAdapter)
+    args = rl.Args(sft=sft)
+    assert args.learns and not args.tunes
 
 
 def test_controls_of_what_the_guide_is_given():

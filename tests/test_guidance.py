@@ -393,14 +393,23 @@ class ReadsOne(rladapter_adapter.NoAdapter):
         return {"examples": 1}
 
 
-@pytest.mark.parametrize("adapter", [rladapter_adapter.NoAdapter(), ReadsOne()])
+class OutOfMemory(ReadsOne):
+    def finetune(self, examples, *settings, **more):
+        raise MemoryError
+
+    def warn(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("adapter", [OutOfMemory(), ReadsOne()])
 def test_tuning_the_adapter_gives_the_examples_that_were_read_to_the_log(adapter):
     table, args = table_of(), rl.Args(sft=rladapter_adapter.SftArgs(sft_data="all"))
     table.analyses = [guidance.Analysis("a", "b", []), guidance.Analysis("c", "d", [])]
     metrics, lines = rl.tune_adapter(args, Words(), table, adapter, jax.random.key(0), print)
-    read = isinstance(adapter, ReadsOne)
-    assert lines == [{"prompt": "c", "response": "d"}] * read  # the latest
-    assert metrics == {"adapter/cut_prompts": 0} | ({"adapter/examples": 1} if read else {})
+    stopped = isinstance(adapter, OutOfMemory)
+    assert lines == [{"prompt": "c", "response": "d"}][: 1 - stopped]  # the latest
+    expected = {"adapter/cut_prompts": 0, "adapter/examples": 1 - stopped}
+    assert metrics == expected | ({"adapter/sft_stopped": 1} if stopped else {})
 
 
 def test_flags_say_how_the_adapter_is_tuned():

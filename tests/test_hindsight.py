@@ -30,7 +30,8 @@ def test_look_ahead_against_a_loop():
     rng = np.random.default_rng(0)
     history = history_of(rng, 200, 3, 4)
     steps, envs = rng.integers(200, size=300), rng.integers(3, size=300)
-    came = look_ahead(history, steps, envs)
+    packed = history | {"reached": np.packbits(history["reached"], axis=-1)}
+    came = look_ahead(packed, steps, envs, num_goals=4)
     for i, (step, env) in enumerate(zip(steps, envs, strict=True)):
         total, when, known, paid = 0.0, [HORIZON] * 4, False, [False] * 4
         for ahead in range(HORIZON):

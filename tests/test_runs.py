@@ -209,6 +209,13 @@ def test_what_play_found_out_can_be_told_without_a_language_model(tmp_path, monk
     assert "--analyses retrieved: --sft-data best" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
+def test_a_phase_too_short_to_find_anything_out_is_refused(tmp_path, capsys):
+    """Nothing was ever learned or said, and nothing told why."""
+    told = "--analyses", "retrieved", "--sft-data", "experience"
+    assert run(tmp_path / "run", *told) == 2 and not (tmp_path / "run").exists()
+    assert "error: --sft-data experience: looks 64 steps ahead within a phase, which has " in capsys.readouterr().err
+
+
 def test_examples_are_logged_as_they_are_tuned_on(model, tmp_path, monkeypatch):
     """`rladapter_adapter.py sft --data RUN/examples.jsonl` must be able to do a fine-tuning again."""
     tuned_on = []

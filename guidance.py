@@ -405,7 +405,7 @@ class HostTable:
             "guidance/comprehension": float(score / weights.sum()) if weights.sum() else None,
             "guidance/goal_success": float(successes) / total if total else None,
             "guidance/rows": int(self.rows.valid.sum()),
-            "guidance/rows_unmet": int((self.rows.valid & (self.rows.visits.sum(1) == 0)).sum()),
+            "guidance/rows_unmet": int((self.given() & (self.rows.visits.sum(1) == 0)).sum()),
             "guidance/rules_stated": self.stated,
             "guidance/rules_holding": self.holding,
             "guidance/trials_decided": int((np.abs(z) > trials.DECIDED_AT_SE).sum()),

@@ -33,6 +33,8 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
+from rich.console import Console
+from rich.progress import Progress
 
 from envs import make_env
 from envs.game import Game
@@ -1038,9 +1040,11 @@ def sft_command(
             out.rmdir()
         except OSError as error:
             raise ValueError(f"--out: cannot make {out}: {first_line(error)}") from None
-    with naming("--model"):
+    with naming("--model"), Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("fine-tuning", total=None)
+        report = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
         tuned = adapter.finetune(
-            examples, jax.random.key(seed), epochs, learning_rate, held_out, batch_size, lora_plus_ratio
+            examples, jax.random.key(seed), epochs, learning_rate, held_out, batch_size, lora_plus_ratio, report=report
         )
     if out is not None:
         (adapter.export if merge else adapter.save)(out)

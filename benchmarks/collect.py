@@ -24,7 +24,7 @@ import numpy as np
 from run import VARIANTS, differing_flag, flags_of
 
 from envs import make_env
-from envs.game import Game
+from envs.game import Game, holds
 from utils import run_folder
 from utils.llm_http import clean
 
@@ -76,13 +76,21 @@ def advice(metrics: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def heard(game: Game, answers: list[dict[str, Any]]) -> dict[str, float]:
-    """Shares of the replies: usable ones; of these, where an analysis names a sub-goal, those that advise what it names
-    first. {} without any."""
+    """Shares: of the replies, usable ones; of these, where an analysis names a sub-goal, those that advise what it
+    names first; of the basic sub-goals that are advised, those that had there all that the game demands. {} without."""
     usable = [answer for answer in answers if not answer["error"]]
     named = [(game.sub_goals_in_text(answer["analysis"]), answer["sub_goals"]) for answer in usable]
     heeded = [game.sub_goals[goals[0]] in advised for goals, advised in named if goals]
+    possible = [can_be_done(game, name, answer["situation"]) for answer in usable for name in answer["sub_goals"]
+                if name in game.basic_sub_goals]  # fmt: skip
     shares = {"usable": len(usable) / len(answers)} if answers else {}
-    return shares | ({"heeded": float(np.mean(heeded))} if heeded else {})
+    measured = {"heeded": heeded, "possible": possible}
+    return shares | {name: float(np.mean(cases)) for name, cases in measured.items() if cases}
+
+
+def can_be_done(game: Game, sub_goal: str, situation: list[str]) -> bool:
+    """Has a situation, the facts that are true there, all that the game demands of a basic sub-goal?"""
+    return holds({fact: fact in situation for fact in game.facts}, game.needs[sub_goal])
 
 
 def said(answers: list[dict[str, Any]]) -> list[list[str]]:

@@ -4,7 +4,8 @@
 
 `sensible` suggests what the game's own rules advise first there, `rare` a sub-goal that is possible and that they don't
 advise. Of each kind: the share of usable replies, of those that name the suggested sub-goal, that put it first, and
-that name it without having been told; and of replies that repeat the placeholders of the prompt.
+that name it without having been told; of replies that repeat the placeholders of the prompt, and of those that say what
+the question gave in the form of a reply and nothing else.
 """
 
 import json
@@ -80,14 +81,22 @@ def ask(guide: llm_client.HttpGuide, env: Any, situations: list[dict[str, Any]],
 
 
 def measure(answers: list[Any], named: list[int]) -> dict[str, float]:
-    """Returns shares of the replies: usable, naming these sub-goals, putting them first, repeating the placeholders."""
+    """Returns shares of the replies: usable; naming these sub-goals, putting them first; repeating the placeholders,
+    and nothing but what the last line of the question gave."""
     goals = [[goal for goal, _ in question.advice] for question in answers]
     return {
         "usable": float(np.mean([not question.error for question in answers])),
         "named": float(np.mean([goal in given for goal, given in zip(named, goals, strict=True)])),
         "first": float(np.mean([given[:1] == [goal] for goal, given in zip(named, goals, strict=True)])),
         "copied": float(np.mean([any(word in q.reply.text for word in COPIED) for q in answers])),
+        "repeated": float(np.mean([repeats(question) for question in answers])),
     }
+
+
+def repeats(question: Any) -> bool:
+    """Is a reply, white space left out, word for word what the question's last line begins?"""
+    given = question.messages[-1]["content"].splitlines()[-1].partition("names: ")[2]
+    return bool(given) and "".join(question.reply.text.split()) == "".join(given.split())
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import tyro
 from collect import Results, collect, column, load
 from run import CONTROLS, ROOT, VARIANTS, SuiteName
 from stats import bootstrap_band, bootstrap_interval, iqm, probability_of_improvement
-from tables import FULL, NO_LLM, RESULTS, between_markers, generated, results_of, shares, throughput, watched
+from tables import FULL, RESULTS, between_markers, generated, guide_of, shares, throughput, watched, with_unguided
 
 from utils.published import HUMAN
 
@@ -109,14 +109,6 @@ def subtitle(results: Results) -> str:
     return envs + (f"\nguide: {', '.join(names)}" if names else "")
 
 
-def guide_of(summary: dict[str, Any]) -> str:
-    """The guide of a run; of the offline one also what it knows, where that is not the game."""
-    if summary["llm"] not in NO_LLM:
-        return summary["llm_model"] or summary["llm"]
-    knows = summary.get("rules_knowledge", "expert")
-    return summary["llm"] + ("" if knows == "expert" else f", {knows}") + " (no LLM)"
-
-
 def plot_controls(results: Results, path: Path) -> bool:
     """Learning curves of the full method and of what it must beat."""
     return plot_curves({name: runs for name, runs in results.items() if name in (FULL, *CONTROLS)}, path)
@@ -130,7 +122,7 @@ def plot_ablations(results: Results, path: Path) -> bool:
 
 def plot_guide(suite: str, _: Results, path: Path) -> bool:
     """Learning curves with a guide that does not know the game, of the suite `llm` or `adapter`."""
-    return plot_curves({name: runs for name, runs in results_of(suite).items() if name in COMPARED}, path)
+    return plot_curves({name: runs for name, runs in with_unguided(suite).items() if name in COMPARED}, path)
 
 
 def plot_curves(results: Results, path: Path) -> bool:

@@ -20,8 +20,14 @@ NO_LLM = ("rules", "random", "shuffled")  # guides that are none
 # The tuned adapters that others of the suites `adapter` and `llm` are compared with, and each one's untuned one.
 TUNED = {"experience": "no-sft", "smollm2-experience": "smollm2-no-sft"}
 SAID = ("no-adapter", "no-sft", "experience")  # whose analyses and replies are shown
+UNGUIDED = ("none", "facts")
 COMPARED = {"episodic_return": "return", "score": "score", "training_score": "score in training"}
-ADVICE = dict.fromkeys(("comprehension", "agreement_after", "holding", "usable", "heeded"), "{:.2f}")  # of `Result`
+ADVICE = {  # of `Result`
+    "comprehension": "comprehension", "agreement_before": "agreement before", "agreement_after": "and after tuning",
+    "agreement_possible": "of any possible sub-goal", "agreement_rules": "of the expert rules",
+    "possible": "advice that is possible", "holding": "rules that hold where asked", "usable": "usable replies",
+    "heeded": "replies that heed it",
+}  # fmt: skip
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -46,7 +52,7 @@ def methods_table() -> str:
 
 def results_table(results: Results) -> str:
     """Final evaluations: the mean over the seeds, each seed's return, and how far the full method leads."""
-    header = ["Method", "Name", "return: mean (each seed)", "reward %", "score %", "LLM calls"]
+    header = ["Method", "Name", "Guide", "return: mean (each seed)", "reward %", "score %", "LLM calls"]
     header += [f"{key} of `{FULL}` minus this [95 %]" for key in ("return", "score")]
     rows = []
     for name, runs in results.items():
@@ -54,9 +60,18 @@ def results_table(results: Results) -> str:
         each = ", ".join(f"{r:.2f}" for r in returns)
         reward, score, calls = (column(runs, key).mean() for key in ("reward_percent", "score", "llm_calls"))
         shown = f"**{returns.mean():.2f}** ({each})"
-        row = [what(name), f"`{name}`", shown, f"{reward:.1f}", f"{score:.1f}", f"{calls:.0f}"]
+        guide = ", ".join(sorted({guide_of(result["summary"]) for result in runs.values()}))
+        row = [what(name), f"`{name}`", guide, shown, f"{reward:.1f}", f"{score:.1f}", f"{calls:.0f}"]
         rows.append([*row, *("" if name == FULL else lead(results, name, key) for key in ("episodic_return", "score"))])
     return markdown(header, rows)
+
+
+def guide_of(summary: dict[str, Any]) -> str:
+    """The guide of a run; of the offline one also what it knows, where that is not the game."""
+    if summary["llm"] not in NO_LLM:
+        return summary["llm_model"] or summary["llm"]
+    knows = summary.get("rules_knowledge", "expert")
+    return summary["llm"] + ("" if knows == "expert" else f", {knows}") + " (no LLM)"
 
 
 def lead(results: Results, name: str, key: str, ahead: str = FULL) -> str:
@@ -239,19 +254,29 @@ def adapter_table(results: Results) -> str:
     what the adapters tuned on experience are worth beside each of the others."""
     if not results:
         return "not measured"
-    header = ["The guide hears", "Name", "return: mean (each seed)", "score %", "score % in training"]
-    header += ["comprehension", "agreement", "rules that hold where asked", "usable replies", "replies that heed it"]
+    header = ["The guide hears", "Name", "return: mean (each seed)", "score % [95 %]", "score % in training [95 %]"]
     rows = []
     for name, runs in results.items():
-        returns, score = column(runs, "episodic_return"), column(runs, "score").mean()
+        returns = column(runs, "episodic_return")
         row = [what(name), f"`{name}`", f"**{returns.mean():.2f}** ({', '.join(f'{r:.2f}' for r in returns)})"]
-        row += [f"{score:.1f}", f"{column(runs, 'training_score').mean():.1f}"]
-        measured = {key: [r["advice"][key] for r in runs.values() if key in r.get("advice", {})] for key in ADVICE}
-        if name in VARIANTS and "--analyses" in VARIANTS[name].flags:  # measured of the adapter, which is not heard so
-            measured["agreement_after"] = []
-        rows.append(row + [ADVICE[key].format(np.mean(values)) if values else "" for key, values in measured.items()])
+        scores = [column(runs, key) for key in ("score", "training_score")]
+        rows.append([*row, *(f"{values.mean():.1f}{mean_interval(values)}" for values in scores)])
     ahead = [ahead_table(results, name) for name in TUNED if name in results]
-    return "\n\n".join([markdown(header, rows), *filter(None, ahead)])
+    return "\n\n".join([markdown(header, rows), *filter(None, [*ahead, advice_table(results)])])
+
+
+def advice_table(results: Results) -> str:
+    """What is measured of analyses, replies and advice, in per cent with 95 % t-intervals; "" where nothing is."""
+    rows = []
+    for name, runs in results.items():
+        heard = "--analyses" not in VARIANTS[name].flags  # agreement is of the adapter, whoever hears it
+        keys = [key for key in ADVICE if heard or not key.startswith("agreement")]
+        found = {key: [r["advice"][key] for r in runs.values() if key in r.get("advice", {})] for key in keys}
+        if any(found.values()):
+            shares = [100 * np.array(found.get(key, [])) for key in ADVICE]
+            cells = [f"{values.mean():.0f}{mean_interval(values)}" if len(values) else "" for values in shares]
+            rows.append([f"`{name}`", *cells])
+    return markdown(["Name", *(f"{title}, %" for title in ADVICE.values())], rows) if rows else ""
 
 
 def ahead_table(results: Results, tuned: str) -> str:
@@ -266,6 +291,15 @@ def ahead_table(results: Results, tuned: str) -> str:
     return markdown(header, rows) if rows else ""
 
 
+def with_unguided(suite: str) -> Results:
+    """The results of a suite with a guide, those that ask nobody also from where else they were made: flags of a guide
+    change nothing there."""
+    found = results_of(suite)
+    for other in {"adapter": ("llm",), "llm": ("adapter",), "adapter-1m": ("main",)}[suite] if found else ():
+        found |= {name: runs for name, runs in results_of(other).items() if name in UNGUIDED and name not in found}
+    return {name: found[name] for name in VARIANTS if name in found}
+
+
 def said_table(results: Results) -> str:
     """What adapter and guide said in the last pause of the first seed, with an untuned adapter and with a tuned one."""
     parts = []
@@ -278,7 +312,7 @@ def said_table(results: Results) -> str:
 
 def generated(results: Results) -> dict[tuple[Path, str], str]:
     """Every generated table: (file, name of its markers) -> text"""
-    suites = {name: results_of(name) for name in ("adapter", "adapter-1m", "llm")}
+    suites = {name: with_unguided(name) for name in ("adapter", "adapter-1m", "llm")}
     readme, docs = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
     adapter, speed = ROOT / "docs" / "adapter.md", ROOT / "docs" / "speed.md"
     return {

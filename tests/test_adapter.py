@@ -1288,6 +1288,11 @@ def test_layers_computed_anew_give_the_same_gradient(adapter):
     batch = ra.pack([adapter.encode_example("It is dark.", "Sleep."), adapter.encode_example("tree", "Chop it.")], 64)
     kept, anew = gradient_of(adapter, batch, False), gradient_of(adapter, batch, True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), kept, anew)
+    steps = [
+        str(jax.make_jaxpr(lambda lora, loss=loss: loss(adapter.graphdef, adapter.base, lora, batch))(adapter.lora))
+        for loss in (ra.mean_nll, partial(ra.mean_nll, remat=False))
+    ]
+    assert ["remat" in step or "checkpoint" in step for step in steps] == [True, False]  # by default it saves memory
 
 
 def test_what_all_prompts_begin_with_may_be_read_once(adapter):

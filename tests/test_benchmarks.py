@@ -358,7 +358,7 @@ def test_a_suite_from_training_to_verdict(toy_runs, tmp_path, capsys):
         assert (tmp_path / name).stat().st_size > 5000, name
     assert not (tmp_path / "results_ablations.png").exists()  # neither variant is one
     shown = (tmp_path / "tables.md").read_text()
-    assert f"| RLAdapter | `guided` | **{found['summary']['episodic_return']:.2f}**" in shown
+    assert f"| RLAdapter | `guided` | rules (no LLM) | **{found['summary']['episodic_return']:.2f}**" in shown
     capsys.readouterr()
     assert compare.main(["guided", "none", "--results", str(tmp_path)]) == 0
     assert "guided against none:" in capsys.readouterr().out
@@ -504,14 +504,16 @@ def test_what_the_guide_was_told_is_collected_as_means_of_phases():
 def test_the_replies_that_heed_an_analysis_are_counted_among_the_usable_ones():
     game = collect.make_env("Toy-v0", 1).game
     first, second = game.sub_goals[:2]
+    there = {"error": "", "situation": list(game.needs[first])}
     answers = [
-        {"analysis": f"Now {first}, then {second}.", "sub_goals": [second, first], "error": ""},
-        {"analysis": f"Now {first}.", "sub_goals": [second], "error": ""},
-        {"analysis": "", "sub_goals": [second], "error": ""},
-        {"analysis": f"Now {first}.", "sub_goals": [], "error": "time-out"},
+        {"analysis": f"Now {first}, then {second}.", "sub_goals": [second, first], **there},
+        {"analysis": f"Now {first}.", "sub_goals": [second], **there},
+        {"analysis": "", "sub_goals": [second], "error": "", "situation": list(game.needs[second])},
+        {"analysis": f"Now {first}.", "sub_goals": [], "error": "time-out", "situation": []},
     ]
-    assert collect.heard(game, answers) == {"usable": 0.75, "heeded": 0.5}
-    assert collect.heard(game, answers[2:3]) == {"usable": 1.0} and collect.heard(game, []) == {}
+    assert game.needs[first] and game.needs[second] and {*game.needs[first]} != {*game.needs[second]}
+    assert collect.heard(game, answers) == {"usable": 0.75, "heeded": 0.5, "possible": 0.5}  # two of four, there
+    assert collect.heard(game, answers[2:3]) == {"usable": 1.0, "possible": 1.0} and collect.heard(game, []) == {}
 
 
 def test_what_was_said_in_the_last_pause_is_kept_in_its_order_and_safe_to_show(tmp_path):
@@ -547,17 +549,23 @@ def test_the_table_of_the_adapter_compares_the_tuned_one_by_seed_with_all_others
          ([cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines()[2:])}
         for part in tables.adapter_table(results).split("\n\n")
     ]  # fmt: skip
-    rows, ahead = parts
+    rows, ahead, measured = parts
     assert list(rows) == ["`no-adapter`", "`no-sft`", "`experience`"] and list(ahead) == list(rows)[:2]
-    assert rows["`no-adapter`"][2:] == ["**1.50** (1.00, 2.00)", "3.0", "1.5", "", "", "", "", ""]
-    assert rows["`experience`"][2:] == ["**6.00** (4.00, 6.00, 8.00)", "12.0", "6.0", "0.50", "", "", "", ""]
+    assert rows["`no-adapter`"][2:] == ["**1.50** (1.00, 2.00)", "3.0 [0, 16]", "1.5 [0, 8]"]  # shares, so 0 to 100
+    assert rows["`experience`"][2:] == ["**6.00** (4.00, 6.00, 8.00)", "12.0 [2, 22]", "6.0 [1, 11]"]
+    assert measured == {"`experience`": ["`experience`", "50", *[""] * 8]}
     difference = ["+3.50 [-2.85, +9.85]", "+7.00 [-5.71, +19.71]", "+3.50 [-2.85, +9.85]"]
     assert ahead["`no-adapter`"][1:] == ["2", *difference] and ahead["`no-sft`"][1:] == ["1", "+1.00", "+2.00", "+1.00"]
     others = results | {"smollm2-no-sft": results["no-sft"], "smollm2-experience": results["experience"]}
-    own = [part.splitlines() for part in tables.adapter_table(others).split("\n\n")[1:]]
+    own = [part.splitlines() for part in tables.adapter_table(others).split("\n\n")[1:3]]
     assert [[line.split("`")[1] for line in lines if "`" in line] for lines in own] == [
         ["experience", "no-adapter", "no-sft"], ["smollm2-experience", "no-adapter", "smollm2-no-sft"],
     ]  # fmt: skip
     alone = tables.adapter_table({"experience": results["experience"]})
     assert "minus" not in alone and "minus" not in tables.adapter_table({"no-sft": results["no-sft"]})
+    for seed, share in ((1, 0.75), (2, 0.25)):
+        results["experience"][seed]["advice"] = {"agreement_after": share, "possible": 0.5}
+    shown = [tables.advice_table({name: results["experience"]}).splitlines()[2] for name in ("experience", "exchanged")]
+    agreed = [" 50 [0, 100] " in line for line in shown]
+    assert agreed == [True, False]  # the latter's is of an adapter whose analyses are not those heard
     assert tables.adapter_table({}) == "not measured"

@@ -145,6 +145,10 @@ def test_advice_is_the_rule_that_it_states():
     assert table.reasons_text(0) == ["tree in view", "not dark"] and table.reasons_text(1) == ["dark"]
     told = table.metrics()
     assert (told["guidance/rules_stated"], told["guidance/rules_holding"], told["guidance/rows_unmet"]) == (2, 1, 2)
+    table.rows.visits[0, WITH] = 1
+    assert table.metrics()["guidance/rows_unmet"] == 1
+    table.args = dataclasses.replace(table.args, guidance_support=2)
+    assert table.metrics()["guidance/rows_unmet"] == 0  # nobody is given what was stated once
     assert store(table, ["dark"], {"sleep": [("dark", True)]}) == [1]  # the same rule, where it holds
     told = table.metrics()
     assert (told["guidance/rules_stated"], told["guidance/rules_holding"]) == (1, 1)

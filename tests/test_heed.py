@@ -20,6 +20,7 @@ GOAL = CRAFTER.sub_goal_numbers
 
 def answer(text, error=""):
     question = llm_client.Question(np.zeros(1), np.zeros(1, bool), [], None)
+    question.messages = llm_client.build_messages(CRAFTER, "It is dark.", (), "")
     question.reply, question.error = llm_client.Reply(text), error
     question.advice = () if error else llm_client.parse_reply(CRAFTER, text)
     return question
@@ -33,7 +34,12 @@ def test_what_is_counted():
         answer('{"sub_goals": {"mine coal": [], "sleep": []}}'),
     ]
     counted = heed.measure(answers, [GOAL["sleep"]] * 4)
-    assert counted == {"usable": 0.75, "named": 0.5, "first": 0.25, "copied": 0.25}
+    assert counted == {"usable": 0.75, "named": 0.5, "first": 0.25, "copied": 0.25, "repeated": 0}
+    told = answer('{"sub_goals": [{"name": "sleep", "because": ["dark"]}]}')
+    told.messages = llm_client.build_messages(CRAFTER, "", (), "The most urgent sub-goal now is sleep. It takes dark.")
+    assert heed.repeats(told)
+    told.reply = llm_client.Reply('{"sub_goals": [{"name": "sleep", "because": []}]}')
+    assert not heed.repeats(told)
 
 
 @pytest.fixture(scope="module")

@@ -128,6 +128,8 @@ def test_reasons_are_kept_dropped_and_contradicted():
     advice, dropped = read_reply(CRAFTER, json.dumps({"sub_goals": said}))
     assert [CRAFTER.sub_goals[goal] for goal, _ in advice] == ["chop tree", "drink water"] and dropped == 1
     assert dict(advice)[TREE] == ((CRAFTER.fact_numbers["tree in view"], True),)
+    for reasons, not_facts in (([7, None, "dark"], 2), ({"dark": 1, "tree in view": True}, 1), (None, 0), (3, 1)):
+        assert read_reply(CRAFTER, json.dumps({"sub_goals": {"chop tree": reasons}}))[1] == not_facts
     guide = Guide(CRAFTER)
     guide.answer = lambda _: json.dumps({"sub_goals": said})
     (asked,) = guide.ask([question(BARE)]).wait()

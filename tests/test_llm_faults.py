@@ -139,7 +139,7 @@ def test_a_fault_is_counted_the_guidance_kept_and_the_server_asked_again(run, na
 
 def test_the_totals_add_up(run):
     summary, metrics = run["summary"], run["metrics"]
-    for name in ("calls", "failures", "prompt_tokens", "cache_hits", "skipped"):
+    for name in ("calls", "failures", "prompt_tokens", "cache_hits", "skipped", "retries", "timeouts"):
         assert summary[f"llm_{name}"] == sum(m[f"llm/{name}"] for m in metrics), name
     assert summary["llm_failures"] >= len(FAULTS) - 1 and summary["llm_prompt_tokens"] >= 9
     assert len(metrics) == 2 * len(FAULTS) + 1 and run["seconds"] < 120

@@ -118,11 +118,13 @@ def _read_because(game: Game, value: Any) -> tuple[Literals | None, int]:
     """
     if isinstance(value, dict):
         named = [(name, truth) for name, truth in value.items() if isinstance(truth, bool)]
+        unknown = len(value) - len(named)
     else:
-        strings = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        strings = [item for item in items if isinstance(item, str)]
+        unknown = len(items) - len(strings)
         named = [(name, True) for item in strings for name in re.split("[,;\n]", item) if name.strip()]
     seen: dict[int, bool] = {}
-    unknown = 0
     for name, said in named:
         fact = game.read_fact(re.sub(r"^\s*!\s*", "not ", name))
         unknown += fact is None

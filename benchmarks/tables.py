@@ -19,7 +19,7 @@ FULL = "guided"  # the full method
 NO_LLM = ("rules", "random", "shuffled")  # guides that are none
 # The tuned adapters that others of the suites `adapter` and `llm` are compared with, and each one's untuned one.
 TUNED = {"experience": "no-sft", "smollm2-experience": "smollm2-no-sft"}
-SAID = ("no-adapter", "no-sft", "experience")  # whose analyses and replies are shown
+SAID = ("no-adapter", "no-sft", "experience", "smollm2-no-sft", "smollm2-experience")  # what they said is shown
 UNGUIDED = ("none", "facts")
 COMPARED = {"episodic_return": "return", "score": "score", "training_score": "score in training"}
 ADVICE = {  # of `Result`

@@ -249,6 +249,31 @@ def gpu_table() -> str:
     return markdown(["envs", "env steps/s, guided", "unguided", "ratio", "memory of the GPU, guided, GB"], rows)
 
 
+def claim_table(suites: dict[str, Results]) -> str:
+    """Return and score with each tuned adapter, beside the same adapter untuned and none, of suites with a guide that
+    does not know the game; and how far the tuned one's return leads. Means over each one's own seeds."""
+    rows = []
+    for results in suites.values():
+        for tuned, untuned in ((t, u) for t, u in TUNED.items() if t in results):
+            summary = next(iter(results[tuned].values()))["summary"]
+            row = [guide_of(summary), summary["adapter"].rpartition("/")[2], f"{summary['global_step'] / 1e6:.1g}M"]
+            row += [shown(results[name]) if name in results else "" for name in ("no-adapter", untuned, tuned)]
+            leads = [(lead(results, name, "episodic_return", tuned), name) for name in (untuned, "no-adapter")]
+            rows.append([*row, *(f"{text} ({seeds(results, tuned, name)})" if text else "" for text, name in leads)])
+    header = ["Guide", "Adapter", "env steps", "no adapter", "untuned", "tuned", "tuned minus untuned [95 %] (seeds)"]
+    return markdown([*header, "minus no adapter"], rows) if rows else "not measured"
+
+
+def shown(runs: dict[int, Result]) -> str:
+    """Mean return and score."""
+    return f"{column(runs, 'episodic_return').mean():.1f} / {column(runs, 'score').mean():.0f} %"
+
+
+def seeds(results: Results, *names: str) -> int:
+    """How many seeds all of these have."""
+    return len(set.intersection(*(set(results[name]) for name in names)))
+
+
 def adapter_table(results: Results) -> str:
     """What analyses are worth to a guide that does not know the game, of results of the suite `adapter` or `llm`; and
     what the adapters tuned on experience are worth beside each of the others."""
@@ -283,10 +308,9 @@ def ahead_table(results: Results, tuned: str) -> str:
     """What a tuned adapter's results are ahead of all others, adapters of another kind left out; "": of none."""
     left_out = {*TUNED, *TUNED.values()} - {TUNED[tuned]}
     rows = []
-    for name, runs in results.items():
-        seeds = len(runs.keys() & results[tuned].keys())
-        if name not in left_out and seeds:
-            rows.append([f"`{name}`", str(seeds), *[lead(results, name, key, tuned) for key in COMPARED]])
+    for name in results:
+        if name not in left_out and (both := seeds(results, tuned, name)):
+            rows.append([f"`{name}`", str(both), *[lead(results, name, key, tuned) for key in COMPARED]])
     header = [f"`{tuned}` minus", "seeds", *[f"{name} [95 %]" for name in COMPARED.values()]]
     return markdown(header, rows) if rows else ""
 
@@ -323,6 +347,7 @@ def generated(results: Results) -> dict[tuple[Path, str], str]:
         (docs, "aggregate"): aggregate_table(results),
         (docs, "published"): published_table(results),
         **{(adapter, name): adapter_table(found) for name, found in suites.items()},
+        **{(path, "claim"): claim_table(suites) for path in (readme, adapter)},
         (ROOT / "docs" / "adapter_samples.md", "said"): said_table(suites["llm"]),
         (adapter, "speed"): adapter_speed_table(),
         (speed, "throughput"): throughput_table(),

@@ -565,6 +565,14 @@ def test_the_table_of_the_adapter_compares_the_tuned_one_by_seed_with_all_others
     assert "minus" not in alone and "minus" not in tables.adapter_table({"no-sft": results["no-sft"]})
     for seed, share in ((1, 0.75), (2, 0.25)):
         results["experience"][seed]["advice"] = {"agreement_after": share, "possible": 0.5}
+    for runs in others.values():
+        for run_result in runs.values():
+            run_result["summary"] |= {"adapter": "assets/tiny"}
+    claim = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
+             tables.claim_table({"adapter": others, "llm": {}}).splitlines()[2:]]  # fmt: skip
+    start = ["rules (no LLM)", "tiny", claim[0][2], "1.5 / 3 %", "3.0 / 6 %", "6.0 / 12 %"]
+    assert claim == [[*start, "+1.00 (1)", "+3.50 [-2.85, +9.85] (2)"]] * 2  # of both tuned adapters
+    assert tables.claim_table({"adapter": {}}) == "not measured"
     shown = [tables.advice_table({name: results["experience"]}).splitlines()[2] for name in ("experience", "exchanged")]
     agreed = [" 50 [0, 100] " in line for line in shown]
     assert agreed == [True, False]  # the latter's is of an adapter whose analyses are not those heard

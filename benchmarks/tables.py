@@ -336,7 +336,7 @@ def said_table(results: Results) -> str:
 
 def generated(results: Results) -> dict[tuple[Path, str], str]:
     """Every generated table: (file, name of its markers) -> text"""
-    suites = {name: with_unguided(name) for name in ("adapter", "adapter-1m", "llm")}
+    suites = {name: with_unguided(name) for name in ("llm", "adapter", "adapter-1m")}
     readme, docs = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
     adapter, speed = ROOT / "docs" / "adapter.md", ROOT / "docs" / "speed.md"
     return {

@@ -99,6 +99,11 @@ class SftArgs:
     """how many times the learning rate of LoRA's matrices B is that of its matrices A (LoRA+); 1: plain LoRA, of which
     a model of 135M weights needed three times as many examples"""
 
+    @property
+    def has_model(self) -> bool:
+        """Is there a language model? What is retrieved is told in its place."""
+        return self.adapter != "none" and self.analyses != "retrieved"
+
 
 LIMITS = {
     "sft_every": (0, 10**9), "sft_learning_rate": (0, 10), "adapter_temperature": (0, 100),
@@ -883,7 +888,7 @@ def load_adapter(
 
 def make_adapter(args: SftArgs, seed: int, game: Game) -> Adapter | NoAdapter:
     """Returns the adapter of --adapter. Raises ValueError, one line that names the flag."""
-    if args.adapter == "none" or args.analyses == "retrieved":  # the latter is in an adapter's place
+    if not args.has_model:
         return NoAdapter()
     hint = "; or use --adapter none"
     adapter = open_adapter("--adapter", args.adapter, seed, hint, about(game), rank=args.lora_rank)
@@ -1034,9 +1039,9 @@ def sft_command(
         "--model", model, seed, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets
     )
     adapter.chat = hf_folder.Chat(adapter.tokenizer, told, chat_template)
-    if out is not None:
+    if out is not None and not out.exists():
         try:
-            out.mkdir(parents=True, exist_ok=True)  # can it be made? Later all that is trained would be lost
+            out.mkdir(parents=True)  # can it be made? Later all that is trained would be lost
             out.rmdir()
         except OSError as error:
             raise ValueError(f"--out: cannot make {out}: {first_line(error)}") from None

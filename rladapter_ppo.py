@@ -175,12 +175,7 @@ class Args:
 
     @property
     def tunes(self) -> bool:
-        return (
-            self.context.guided
-            and self.sft.adapter != "none"
-            and self.sft.analyses != "retrieved"
-            and self.sft.sft_every > 0
-        )
+        return self.context.guided and self.sft.has_model and self.sft.sft_every > 0
 
     @property
     def context(self) -> type[NoContext]:

@@ -319,8 +319,8 @@ def with_unguided(suite: str) -> Results:
     """The results of a suite with a guide, those that ask nobody also from where else they were made: flags of a guide
     change nothing there."""
     found = results_of(suite)
-    for other in {"adapter": ("llm",), "llm": ("adapter",), "adapter-1m": ("main",)}[suite] if found else ():
-        found |= {name: runs for name, runs in results_of(other).items() if name in UNGUIDED and name not in found}
+    elsewhere = results_of({"adapter": "llm", "llm": "adapter", "adapter-1m": "main"}[suite]) if found else {}
+    found = {name: elsewhere[name] for name in UNGUIDED if name in elsewhere} | found
     return {name: found[name] for name in VARIANTS if name in found}
 
 

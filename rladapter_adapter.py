@@ -1045,7 +1045,9 @@ def sft_command(
             out.rmdir()
         except OSError as error:
             raise ValueError(f"--out: cannot make {out}: {first_line(error)}") from None
-    with naming("--model"), Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    shown = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with naming("--model"), shown as progress:
         task = progress.add_task("fine-tuning", total=None)
         report = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
         tuned = adapter.finetune(

@@ -46,7 +46,7 @@ Tree = dict[str, Any]  # a nested dict of arrays
 Text = tuple[list[int], list[int]]  # the tokens of a prompt and of its response
 Folder = Annotated[str, tyro.conf.arg(metavar="FOLDER|HUB-ID")]
 
-LENGTH_BUCKET = 64  # prompts are padded to a multiple of it, so that few lengths are ever compiled
+LENGTH_BUCKET = 64  # prompts are padded to a multiple of it, so that few lengths are ever compiled (`padded`)
 ANSWER_BUCKET = 32  # and the answers in a fine-tuning batch to a multiple of this
 BATCH_BUCKETS = (8, 16, 32, 64)  # batches are padded to one of these; more prompts: several batches
 CACHE_BYTES = 2**28  # that the keys and values of a batch may take on a CPU; 8 times as many on a GPU or TPU
@@ -397,9 +397,18 @@ class Decoder(nnx.Module):
 # --------------------------------------------------------------------------------------- generation
 
 
+def padded(length: int, bucket: int) -> int:
+    """Rounds up, so that few shapes are compiled: to the bucket, or four of it on a GPU or TPU.
+
+    There compilation is slower, and what is padded costs less.
+    """
+    bucket *= 1 if jax.default_backend() == "cpu" else 4
+    return bucket * math.ceil(length / bucket)
+
+
 def left_pad(texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens (B, T), starts (B,), padded to buckets. Empty rows start at the end."""
-    length = LENGTH_BUCKET * math.ceil(max(len(text) for text in texts) / LENGTH_BUCKET)
+    length = padded(max(len(text) for text in texts), LENGTH_BUCKET)
     batch = next(size for size in BATCH_BUCKETS if size >= len(texts))
     tokens = np.zeros((batch, length), np.int32)
     starts = np.full(batch, length - 1, np.int32)
@@ -511,7 +520,7 @@ def answer_columns(is_answer: np.ndarray) -> np.ndarray:
     """
     counts = is_answer.sum(1)
     columns = np.argsort(~is_answer, axis=1, kind="stable")
-    most = ANSWER_BUCKET * math.ceil(max(1, counts.max(initial=0)) / ANSWER_BUCKET)
+    most = padded(max(1, counts.max(initial=0)), ANSWER_BUCKET)
     columns = np.pad(columns, ((0, 0), (0, most)))[:, :most]
     return np.where(np.arange(most) < counts[:, None], columns, 0).astype(np.int32)
 
@@ -526,7 +535,7 @@ def batches(packed: Tree, size: int, order: np.ndarray) -> list[dict[str, np.nda
     for i in range(0, len(order), size):
         rows = order[i : i + size]
         batch = {name: value[rows] for name, value in packed.items() if name not in prefix}
-        length = LENGTH_BUCKET * math.ceil((batch["answers"].max() + 1) / LENGTH_BUCKET)  # answers are last
+        length = padded(batch["answers"].max() + 1, LENGTH_BUCKET)  # answers are last
         batch |= {name: batch[name][:, :length] for name in ("tokens", "starts", "shared")}
         parts.append({k: np.pad(v, ((0, size - len(rows)), (0, 0))) for k, v in batch.items()} | prefix)
     return parts
@@ -780,7 +789,8 @@ class Adapter:
         texts = [(prompt[len(beginning) :], *rest) for prompt, *rest in texts]
         most_held = len(texts) - (epochs > 0)  # one at least is trained on
         num_held = min(max(1, round(held_out * len(texts))), most_held) if len(texts) >= 4 else 0
-        length, prefix = row_length(texts), {"prefix": np.asarray([beginning], np.int32)} if beginning else {}
+        length, prefix = padded(row_length(texts), LENGTH_BUCKET), {}
+        prefix |= {"prefix": np.asarray([beginning], np.int32)} if beginning else {}
         training = pack(texts[num_held:], length) | prefix
         measured = pack(texts[:num_held], length) | prefix if num_held else training
         before = self.nll(measured)

@@ -1347,6 +1347,24 @@ def test_a_short_beginning_is_read_with_every_prompt(adapter, monkeypatch):
     assert 0 < len(adapter.beginning) < ra.LENGTH_BUCKET and seen and not any("prefix" in batch for batch in seen)
 
 
+def test_fewer_shapes_are_compiled_where_compilation_is_slow(adapter, monkeypatch):
+    """Padding changes nothing that is said or learned."""
+    long = [(prompt + " and so on" * (i % 12) * 2, response * (1 + i % 9)) for i, (prompt, response) in enumerate(TOYS)]
+    step, shapes = ra.sft_step, set()
+    watched = lambda *given: (shapes.add((given[5]["tokens"].shape, given[5]["answers"].shape)), step(*given))[1]  # noqa: E731
+    monkeypatch.setattr(ra, "sft_step", watched)
+    prompts, fresh, seen = [prompt for prompt, _ in long], adapter.state(), {}
+    for backend in ("cpu", "gpu"):
+        shapes.clear()
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        adapter.load_state(fresh)
+        texts = adapter.analyse(prompts[:8], jax.random.key(1), 1.0, 8)
+        seen[backend] = texts, adapter.finetune(long, jax.random.key(0)), len(shapes)
+    (texts, metrics, num_shapes), (texts_there, metrics_there, num_there) = seen["cpu"], seen["gpu"]
+    assert texts_there == texts and metrics_there == pytest.approx(metrics, rel=1e-3)
+    assert num_there == 1 < num_shapes
+
+
 def test_answer_columns():
     is_answer = np.zeros((3, 70), bool)
     is_answer[0, 5:9] = is_answer[1, 20:55] = True

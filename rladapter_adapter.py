@@ -789,8 +789,8 @@ class Adapter:
         texts = [(prompt[len(beginning) :], *rest) for prompt, *rest in texts]
         most_held = len(texts) - (epochs > 0)  # one at least is trained on
         num_held = min(max(1, round(held_out * len(texts))), most_held) if len(texts) >= 4 else 0
-        length, prefix = padded(row_length(texts), LENGTH_BUCKET), {}
-        prefix |= {"prefix": np.asarray([beginning], np.int32)} if beginning else {}
+        length = padded(row_length(texts), LENGTH_BUCKET)
+        prefix = {"prefix": np.asarray([beginning], np.int32)} if beginning else {}
         training = pack(texts[num_held:], length) | prefix
         measured = pack(texts[:num_held], length) | prefix if num_held else training
         before = self.nll(measured)

@@ -95,6 +95,11 @@ class LlmArgs:
     llm_async: bool = False
     """ask the guide while the device trains; answers are used one phase later"""
 
+    @property
+    def knows_the_game(self) -> bool:
+        """Does the guide need nothing that an adapter could learn?"""
+        return self.llm == "rules" and self.rules_knowledge == "expert"
+
 
 LIMITS = {
     "llm_concurrency": (1, 4096),

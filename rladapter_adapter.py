@@ -724,6 +724,14 @@ class Adapter:
             "example; try --sft-data experience, a lower --adapter-temperature, or another --adapter",
         )
 
+    def warn_that_nothing_won(self) -> None:
+        """Says once that a fine-tuning with --sft-data best had nothing to read."""
+        self.warn(
+            "nothing won",
+            "the adapter was not tuned: --sft-data best takes analyses whose advice won its trial, none has yet; "
+            "try --sft-data experience, which waits for no trial",
+        )
+
     def warn(self, kind: str, message: str) -> None:
         """Prints a warning, unless there was one of its kind before."""
         if kind not in self.warned:

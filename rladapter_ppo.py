@@ -857,6 +857,8 @@ def tune_adapter(
     Training goes on where that fails: with loss or gradients that are no numbers, or without memory for it.
     """
     sft, examples = args.sft, table.examples(env, args.sft.sft_data)
+    if not examples and sft.sft_data == "best" and not args.llm.knows_the_game:
+        adapter.warn_that_nothing_won()
     measured, tuned = {}, {}
     try:
         if examples:

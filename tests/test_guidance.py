@@ -416,6 +416,24 @@ def test_tuning_the_adapter_gives_the_examples_that_were_read_to_the_log(adapter
     assert metrics == expected | ({"adapter/sft_stopped": 1} if stopped else {})
 
 
+@pytest.mark.parametrize("knowledge, sft_data, warned", [
+    ("minecraft", "best", 1), ("expert", "best", 0), ("minecraft", "experience", 0),
+])  # fmt: skip
+def test_it_is_said_when_best_finds_nothing_for_a_guide_that_needs_help(knowledge, sft_data, warned):
+    class Counts(ReadsOne):
+        said = 0
+
+        def warn_that_nothing_won(self):
+            self.said += 1
+
+    args = rl.Args(
+        sft=rladapter_adapter.SftArgs(sft_data=sft_data), llm=llm_client.LlmArgs(rules_knowledge=knowledge)
+    )  # fmt: skip
+    adapter = Counts()
+    rl.tune_adapter(args, Words(), table_of(), adapter, jax.random.key(0), print)
+    assert adapter.said == warned
+
+
 def test_flags_say_how_the_adapter_is_tuned():
     given = []
 

@@ -92,6 +92,16 @@ VARIANTS = {
         "fine-tuning on what paid, and on what sub-goals were found to take",
         f"--sft-data experience {TUNED}",
     ),
+    "experience-no-score": Variant(
+        "experience, no score",
+        "experience, where the adapter is not told how well advice was understood",
+        f"--sft-data experience {TUNED} --comprehension none",
+    ),
+    "experience-paper-score": Variant(
+        "experience, paper's score",
+        "experience, with the comprehension score as in the paper, from action names",
+        f"--sft-data experience {TUNED} --comprehension cosine-actions",
+    ),
     "smollm2-no-sft": Variant(
         "SmolLM2, untuned", "a general language model as adapter, SmolLM2-135M-Instruct", f"{SMOLLM2} --sft-every 0"
     ),
@@ -142,8 +152,9 @@ class Suite:
 
 # Of the suites with a guide that does not know the task
 WITH_ADAPTERS = (
-    "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "smollm2-no-sft",
-    "smollm2-experience", "exchanged", "retrieved", "random-analyses", "rules",
+    "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "experience-no-score",
+    "experience-paper-score", "smollm2-no-sft", "smollm2-experience", "exchanged", "retrieved", "random-analyses",
+    "rules",
 )  # fmt: skip
 
 # The offline guide that believes in Minecraft

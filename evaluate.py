@@ -453,7 +453,9 @@ def guide_name(trained: Trained) -> str:
     llm = trained.llm
     if llm.llm == "rules" and llm.rules_knowledge != "expert":
         return f"rules of {llm.rules_knowledge} (no LLM)"
-    return llm.llm_model or {"rules": "rules (no LLM)", "random": "random (no LLM)"}.get(llm.llm, llm.llm)
+    if llm.llm == "http":
+        return llm.llm_model
+    return llm.llm if llm.llm == "replay" else f"{llm.llm} (no LLM)"
 
 
 # --------------------------------------------------------------------------------------------------

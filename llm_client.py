@@ -63,9 +63,10 @@ MANY_TIMEOUTS = 0.1  # share of a pause's requests that time out from which a wa
 class LlmArgs:
     """Flags of the guide."""
 
-    llm: Literal["rules", "http", "random", "shuffled", "replay"] = "rules"
+    llm: Literal["rules", "http", "random", "shuffled", "echo", "replay"] = "rules"
     """the guide that gives advice. rules: an offline stand-in that is no LLM; http: any OpenAI-compatible server;
-    random: a control; shuffled: a control, rules with its sub-goals exchanged; replay: what another run's guide said"""
+    random: a control; shuffled: a control, rules with its sub-goals exchanged; echo: a control, what the analysis says
+    and no more; replay: what another run's guide said"""
     rules_knowledge: Literal["expert", "minecraft"] = "expert"
     """what --llm rules knows. expert: the game; minecraft: another game, an experiment: what an LLM that does not know
     the task is worth, and what the adapter's analyses add"""
@@ -481,6 +482,21 @@ class RandomGuide(Guide):
         return format_reply(self.game, [(i, generator.choice(reasons, 2, replace=False).tolist()) for i in drawn])
 
 
+class EchoGuide(Guide):
+    """A control: gives as advice what the analysis names, for what it says that this takes: what an LLM adds lacks.
+
+    An analysis that names nothing fails its question.
+    """
+
+    name = "echo"
+
+    def answer(self, question: Question) -> str:
+        heard = self.game.heard_in_text(clean(question.analysis, MAX_ANALYSIS))
+        if not heard:
+            raise ValueError("the analysis names no sub-goal")
+        return format_reply(self.game, list(heard.items())[:MAX_SUB_GOALS])
+
+
 class ReplayGuide(Guide):
     """Says what an earlier run's guide said, in the same order, failures included.
 
@@ -658,12 +674,13 @@ def make_guide(args: LlmArgs, game: Game, seed: int) -> Guide:
     """Makes the guide that --llm names. Raises ValueError, one line, where that guide cannot work."""
     if args.llm == "rules":
         return RulesGuide(game, seed, args.rules_knowledge)
-    if args.llm in ("random", "shuffled"):
-        return {"random": RandomGuide, "shuffled": ShuffledGuide}[args.llm](game, seed)
+    controls = {"random": RandomGuide, "shuffled": ShuffledGuide, "echo": EchoGuide}
+    if args.llm in controls:
+        return controls[args.llm](game, seed)
     if args.llm == "replay":
         return ReplayGuide(game, args.llm_replay)
     if args.llm != "http":
-        raise ValueError(f"--llm {clean(args.llm, 80)!r} is unknown: use rules, http, random, shuffled or replay")
+        raise ValueError(f"--llm {clean(args.llm, 80)!r} is unknown: use rules, http, {', '.join(controls)} or replay")
     guide = HttpGuide(
         game,
         args.llm_base_url,

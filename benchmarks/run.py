@@ -120,6 +120,11 @@ VARIANTS = {
         "control: what experience would tune it on, told word for word, no language model for an adapter",
         "--adapter none --sft-data experience --analyses retrieved",
     ),
+    "echo": Variant(
+        "no LLM",
+        "control: experience, where the advice is what the analysis says, no LLM",
+        f"--sft-data experience {TUNED} --llm echo",
+    ),
     "random-analyses": Variant(
         "random analyses", "control: a sentence that names random sub-goals, for the analysis", "--analyses random"
     ),
@@ -153,8 +158,8 @@ class Suite:
 # Of the suites with a guide that does not know the task
 WITH_ADAPTERS = (
     "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "experience-no-score",
-    "experience-paper-score", "smollm2-no-sft", "smollm2-experience", "exchanged", "retrieved", "random-analyses",
-    "rules",
+    "experience-paper-score", "smollm2-no-sft", "smollm2-experience", "exchanged", "retrieved", "echo",
+    "random-analyses", "rules",
 )  # fmt: skip
 
 # The offline guide that believes in Minecraft

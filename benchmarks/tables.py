@@ -16,7 +16,7 @@ from stats import bootstrap_interval, iqm, paired_difference, probability_of_imp
 from utils.published import PUBLISHED
 
 FULL = "guided"  # the full method
-NO_LLM = ("rules", "random", "shuffled")  # guides that are none
+NO_LLM = ("rules", "random", "shuffled", "echo")  # guides that are none
 # The tuned adapters that others of the suites `adapter` and `llm` are compared with, and each one's untuned one.
 TUNED = {"experience": "no-sft", "smollm2-experience": "smollm2-no-sft"}
 SAID = ("no-adapter", "no-sft", "experience", "smollm2-no-sft", "smollm2-experience")  # what they said is shown

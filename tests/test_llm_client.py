@@ -22,6 +22,7 @@ from envs.game import Game, Literals, holds
 from envs.toy import TOY
 from llm_client import (
     LIMITS,
+    EchoGuide,
     Guide,
     HttpGuide,
     LlmArgs,
@@ -447,6 +448,18 @@ def test_the_shuffled_guide_exchanges_the_sub_goals_and_keeps_order_and_reasons(
     again = parsed(replies_of(ShuffledGuide(CRAFTER, 1), [question(BARE)])[0].text)
     for goal, other in zip(parsed(replies_of(RulesGuide(CRAFTER, 1), [question(BARE)])[0].text), again, strict=True):
         assert others.get(goal, other) == other  # the same exchange in every situation
+
+
+def test_the_echo_guide_says_what_the_analysis_says():
+    says, nothing = question(CAPTION), question(BARE)
+    says.analysis = "The most urgent sub-goal now is mine iron. It takes iron in view, stone >= 1. Try to eat plant."
+    nothing.analysis = "It is dark."
+    said, failed = EchoGuide(CRAFTER).ask([says, nothing]).wait()
+    numbers = CRAFTER.sub_goal_numbers
+    assert [i for i, _ in said.advice] == [numbers["mine iron"], numbers["eat plant"]] and not said.error
+    heard = CRAFTER.heard_in_text(says.analysis)[numbers["mine iron"]]
+    assert len(heard) == 2 and {CRAFTER.facts[i] for i, true in dict(said.advice)[numbers["mine iron"]]} == set(heard)
+    assert "names no sub-goal" in failed.error and not failed.advice
 
 
 def test_random_guide_of_a_small_game():

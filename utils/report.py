@@ -33,6 +33,7 @@ NO_LLM = {
     "rules": "no LLM: a list of rules",
     "shuffled": "no LLM: a list of rules, its sub-goals exchanged with each other",
     "random": "no LLM: advice is drawn at random",
+    "echo": "no LLM: advice is what the adapter's analysis says",
 }
 MAX_QUESTIONS_BYTES = 7_000_000  # of the questions on the page, as JSON
 MAX_FILM_BYTES = 8_000_000  # of the films within the page; more are links

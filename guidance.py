@@ -189,7 +189,8 @@ class HostTable:
         worst = np.argsort(-weights, kind="stable").tolist()
         most = self.args.queries_per_phase
         again = [row for row in worst if weights[row] > MIN_VISITS][: most // 4]
-        relevant = rows.care[rows.valid].any(0) if rows.valid.any() else slice(None)
+        cares = rows.care[rows.valid].any(0)
+        relevant = cares if cares.any() else slice(None)  # without any fact all situations would be alike
         asked = self.asked[: self.num_asked]
         new = farthest_first(facts[:, relevant], asked[:, relevant], most - len(again))
         questions = [self._question(obs[i], facts[i], scores) for i in new]

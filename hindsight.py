@@ -6,9 +6,8 @@
 
 *Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached and was paid for soon after (or
 reached, where none was paid for), where these steps paid more than is usual in such a situation: what is often reached
-needs no advice. *Experience*: what
-was so whenever a sub-goal was reached and paid for. What is found out comes of what a player can see, of its rewards,
-and of nothing that the game's rules say. No LLM is asked.
+needs no advice. *Experience*: what was so whenever a sub-goal was reached and paid for. What is found out comes of what
+a player can see, of its rewards, and of nothing that the game's rules say. No LLM is asked.
 
 M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of an observation.
 """

@@ -39,7 +39,7 @@ from rich.progress import Progress
 from envs import make_env
 from envs.game import Game
 from utils import hf_folder
-from utils.cli import exit_code, first_line
+from utils.cli import BigInt, exit_code, first_line
 from utils.compilation import use_compilation_cache
 
 Tree = dict[str, Any]  # a nested dict of arrays
@@ -84,7 +84,7 @@ class SftArgs:
     then advised, (3) in advice that won its trial; all: all analyses, as in the paper; hindsight: what the player did
     next in situations where that paid; experience: the same, and what sub-goals were found to take. With these two it
     says nothing before its first fine-tuning"""
-    sft_max_tokens: int | None = None
+    sft_max_tokens: BigInt | None = None
     """tokens that a fine-tuning may read, the most telling examples first; default: what takes about 1e12
     floating-point operations, 150,000 for the tiny adapter, 930 (and no fewer than 8 pairs) for one of 135M"""
     sft_learning_rate: float = 2e-4
@@ -106,9 +106,9 @@ class SftArgs:
 
 
 LIMITS = {
-    "sft_every": (0, 10**9), "sft_learning_rate": (0, 10), "adapter_temperature": (0, 100),
+    "sft_every": (0, 10**9), "sft_learning_rate": (1e-12, 10), "adapter_temperature": (0, 100),
     "adapter_max_tokens": (1, 4096), "sft_max_tokens": (1, 10**12), "sft_epochs": (1, 10**6),
-    "sft_batch_size": (1, 1024), "lora_plus_ratio": (0, 10**6),
+    "sft_batch_size": (1, 1024), "lora_plus_ratio": (1e-6, 10**6),
 }  # fmt: skip
 
 
@@ -205,11 +205,12 @@ class LoraConfig:
     targets: tuple[str, ...] = PROJECTIONS
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 <= self.dropout < 1 or not math.isfinite(self.alpha):
+        if not (1 <= self.rank <= 65536 and 0 <= self.dropout < 1 and abs(self.alpha) < 1e9):
             given = f"{self.rank}, {self.alpha}, {self.dropout}"
-            raise ValueError(f"LoRA needs a rank >= 1, a finite alpha and a dropout in [0, 1), not {given}")
-        if not self.targets or not set(self.targets) <= set(PROJECTIONS):
-            raise ValueError(f"LoRA's targets are some of {' '.join(PROJECTIONS)}, not {' '.join(self.targets)}")
+            raise ValueError(f"LoRA needs a rank of 1 to 65536, an alpha below 1e9, a dropout in [0, 1), not {given}")
+        if not self.targets or not set(self.targets) <= set(PROJECTIONS) or len(set(self.targets)) < len(self.targets):
+            given = " ".join(self.targets)
+            raise ValueError(f"LoRA's targets are some of {' '.join(PROJECTIONS)}, each once, not {given}")
 
     @property
     def scale(self) -> float:
@@ -632,13 +633,16 @@ class Adapter:
         self.prefix: Any = None  # the keys and values of these; None again when the weights change
         self.temperature, self.max_tokens = SftArgs.adapter_temperature, SftArgs.adapter_max_tokens
         self.sft_tokens: int | None = None  # that a fine-tuning may read
+        self.cut_responses = 0  # of examples, that were longer than half the context
         self.tells_what_play_shows = False  # and nothing before it was tuned on that
         self.warned: set[str] = set()  # kinds of warnings that were printed
 
     def encode_example(self, prompt: str, response: str) -> Text:
         """Returns the tokens of both, an end token last, that fit the context together."""
         limit = self.config.max_position_embeddings
-        reply = self.tokenizer.encode(response, add_special_tokens=False)[: limit // 2] + [self.eos[0]]
+        reply = self.tokenizer.encode(response, add_special_tokens=False)
+        self.cut_responses += len(reply) > limit // 2
+        reply = reply[: limit // 2] + [self.eos[0]]
         return self.chat.encode(prompt, limit - len(reply)), reply
 
     @property
@@ -792,7 +796,7 @@ class Adapter:
         if self.sft_tokens is not None:
             texts = texts[: max(SFT_ROWS, self.sft_tokens // (max(1, epochs) * row_length(texts)))]
         texts = [texts[i] for i in rng.permutation(len(texts))]
-        beginning = self.beginning_of([prompt for prompt, *_ in texts])
+        beginning = self.beginning_of([prompt for prompt, *_ in texts])  # an example of a fork may have two responses
         beginning = beginning if len(beginning) >= LENGTH_BUCKET else []  # a shorter one costs more than it saves
         texts = [(prompt[len(beginning) :], *rest) for prompt, *rest in texts]
         most_held = len(texts) - (epochs > 0)  # one at least is trained on
@@ -979,6 +983,11 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
     return examples
 
 
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed: {seed} is out of range; choose 0 to {2**32 - 1}")
+
+
 def generate_command(
     model: Folder, prompt: str, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0,
     chat_template: bool = True,
@@ -995,6 +1004,7 @@ def generate_command(
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"--temperature: must be 0 or more, not {temperature}")
+    check_seed(seed)
     if HALF_A_CHARACTER.search(prompt):
         raise ValueError("--prompt: is no UTF-8 text")
     adapter = open_adapter("--model", model)
@@ -1039,16 +1049,17 @@ def sft_command(
         chat_template: put prompts through the tokenizer's chat template, once
         env_id: the environment that the system prompt is about
     """
-    if not 0 <= lora_plus_ratio < math.inf:
-        raise ValueError(f"--lora-plus-ratio: must be 0 or more, not {lora_plus_ratio}")
+    check_seed(seed)
+    if not 0 < lora_plus_ratio < math.inf:
+        raise ValueError(f"--lora-plus-ratio: must be above 0, not {lora_plus_ratio}")
     if batch_size < 1:
         raise ValueError(f"--batch-size: must be 1 or more, not {batch_size}")
     if epochs < 0 or not 0 < held_out <= 1 or not 0 < learning_rate < math.inf:
         raise ValueError("--epochs, --held-out, --learning-rate: must be 0 or more, in (0, 1], and above 0")
     if epochs and held_out == 1:
         raise ValueError("--held-out: 1 leaves nothing to train on; use --epochs 0 to measure only")
-    if epochs and out is None:
-        raise ValueError("--out: is needed to keep what is trained; use --epochs 0 to measure only")
+    if out is None and (epochs or merge):
+        raise ValueError("--out: is needed to keep the weights; use --epochs 0 without --merge to measure only")
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out} exists; give a folder that does not")
     examples = read_examples(data)
@@ -1065,7 +1076,7 @@ def sft_command(
             raise ValueError(f"--out: cannot make {out}: {first_line(error)}") from None
     console = Console(stderr=True)
     shown = Progress(console=console, transient=True, disable=not console.is_terminal)
-    with naming("--model"), shown as progress:
+    with naming("--model, --data"), shown as progress:
         task = progress.add_task("fine-tuning", total=None)
         report = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
         tuned = adapter.finetune(
@@ -1073,7 +1084,7 @@ def sft_command(
         )
     if out is not None:
         (adapter.export if merge else adapter.save)(out)
-    print(json.dumps(tuned | {"cut_prompts": adapter.cut_prompts}))
+    print(json.dumps(tuned | {"cut_prompts": adapter.cut_prompts, "cut_responses": adapter.cut_responses}))
 
 
 def main(argv: list[str] | None = None) -> int:

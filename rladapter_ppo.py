@@ -884,11 +884,13 @@ def tune_adapter(
     return {f"adapter/{name}": value for name, value in tuned.items()}, lines
 
 
-def print_dry_run(args: Args, table: HostTable, env: Any, adapter: Any, situations: dict[str, np.ndarray]) -> None:
+def print_dry_run(
+    args: Args, table: HostTable, env: Any, adapter: Any, situations: dict[str, np.ndarray], key: jax.Array
+) -> None:
     """Prints what the first pause would ask, and what the whole run would take."""
     llm_client.make_budget(args.llm)  # raises for flags that can't work, before anything is printed
     questions = table.choose_questions(env, situations)
-    write_analyses(adapter, env.game, questions, jax.random.key(args.seed), args.sft.analyses)
+    write_analyses(adapter, env.game, questions, key, args.sft.analyses)
     NoGuide(env.game).ask(questions)
     for i, question in enumerate(questions):
         print(f"==== question {i}: adapter prompt\n{question.adapter_prompt}")
@@ -913,7 +915,7 @@ def main(args: Args, run: runs.Run) -> dict[str, Any] | None:
     runner, situations = init_runner(args, agent, *env.put((params, key_runner)))
     situations = env.to_host(situations)
     if args.dry_run:
-        return print_dry_run(args, table, env, adapter, situations)
+        return print_dry_run(args, table, env, adapter, situations, phase_keys(key_phases, 0)[0])
     runner, situations = run.start(env, runner, situations, table, adapter, guide)
 
     for phase in run.phases():

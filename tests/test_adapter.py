@@ -724,7 +724,7 @@ def test_a_context_too_short_for_training_is_one_line_before_it_begins(folder, d
     assert "\n" not in str(error.value)
     code, _, error = run(capsys, "sft", "--model", path, "--data", data, "--out", tmp_path / "out")
     assert code == 2 and error.count("\n") == 1 and not (tmp_path / "out").exists()
-    assert error.startswith("error: --model: ") and "longer context" in error
+    assert error.startswith("error: --model, --data: ") and "longer context" in error
     code, _, error = run(capsys, "generate", "--model", path, "--prompt", "a\nlast line", "--max-new-tokens", 63)
     assert code == 2 and error.startswith("error: --model, --max-new-tokens: ")
 
@@ -834,6 +834,27 @@ def test_a_folder_that_can_not_be_made_is_said_before_training(folder, data, cap
     assert (code, out) == (2, "") and error.startswith(f"error: --out: cannot make {data / 'out'}: ")
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_done(folder, data, tmp_path, capsys, monkeypatch, merge):
+    import safetensors.numpy
+
+    def full(*_, **__):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    out = tmp_path / "out"
+    flags = ["--epochs", 0, "--out", out] + ["--merge"] * merge
+    code, text, error = run(capsys, "sft", "--model", folder, "--data", data, *flags)
+    assert (code, text) == (2, "") and "No space left" in error and error.startswith("error: cannot write")
+    assert list(out.iterdir()) == []
+
+
+def test_responses_that_are_cut_are_counted(adapter):
+    adapter.encode_example("hello", "word " * 2 * adapter.config.max_position_embeddings)
+    adapter.encode_example("hello", "word")
+    assert adapter.cut_responses == 1
+
+
 def test_a_large_share_held_out_leaves_something_to_train_on(adapter):
     result = adapter.finetune(TOYS, jax.random.key(0), epochs=1, held_out=0.99)
     assert result["held_out"] == 7 and result["sft_loss"] != result["nll_before"]
@@ -861,7 +882,12 @@ def test_sft_reads_the_guidance_of_a_run(folder, tmp_path, capsys):
         ("generate --model /nowhere --prompt x", "--model.*no folder /nowhere"),
         ("generate --model nobody/nothing-such --prompt x", "--model.*hub"),
         ("generate --model MODEL --prompt x --max-new-tokens 0", "--max-new-tokens"),
-        ("sft --model MODEL --data /nowhere --lora-plus-ratio -1", "--lora-plus-ratio: must be 0 or more, not -1"),
+        ("sft --model MODEL --data /nowhere --lora-plus-ratio -1", "--lora-plus-ratio: must be above 0, not -1"),
+        ("sft --model MODEL --data /nowhere --seed 99999999999999999999", "--seed: 9+ is out of range"),
+        ("generate --model MODEL --prompt x --seed -1", "--seed: -1 is out of range; choose 0 to 4294967295"),
+        ("sft --model MODEL --data DATA --epochs 0 --merge", "--out: is needed to keep the weights"),
+        ("sft --model MODEL --data DATA --out OUT --lora-rank 100000", "--lora-rank: LoRA needs a rank of 1 to 65536"),
+        ("sft --model MODEL --data DATA --out OUT --lora-targets q q", "--lora-targets: .* each once, not q q"),
         ("sft --model MODEL --data /nowhere --batch-size 0", "--batch-size: must be 1 or more, not 0"),
         ("generate --model MODEL --prompt x --temperature -1", "--temperature"),
         ("sft --model MODEL --data /nowhere --out OUT", "--data.*cannot read"),

@@ -524,6 +524,11 @@ def test_what_an_error_quotes_can_be_printed(folder):
     assert first_line(ValueError("no \ud800 \x1b[2J é\nmore")) == "no \\ud800 \\x1b[2J é"
 
 
+def test_an_error_whose_first_line_only_announces_the_reason_gives_that_as_well():
+    assert first_line(ValueError("Field 'x':\n\n  must be a number\nand more")) == "Field 'x': must be a number"
+    assert first_line(ValueError("Field 'x':")) == "Field 'x':"
+
+
 def test_a_checkpoint_without_totals_is_one_line(folder):
     """A KeyError, where a run is evaluated."""
     in_checkpoint("extra/metadata")(folder, b'{"table": {"num_asked": 4, "analyses": [], "rules": [1, 1]}, "": 0}')

@@ -516,6 +516,14 @@ def test_frequent_advice_that_is_not_understood_is_asked_about_again_with_its_sc
     assert choose(table, EMPTY_TREE) == []
 
 
+def test_it_goes_on_asking_when_no_advice_cares_about_anything():
+    """All situations were alike then, and nothing was asked from the second pause on."""
+    table = table_of()
+    store(table, EMPTY_TREE, {"survival": []})
+    assert table.rows.valid.any() and not table.rows.care[table.rows.valid].any()
+    assert len(choose(table, EMPTY_TREE, ["dark"], ["asleep"])) == 2
+
+
 def test_without_situations_nothing_is_asked():
     nothing = {"obs": np.zeros((0, 2), np.uint8), "facts": np.zeros((0, len(FACTS)), bool)}
     assert table_of().choose_questions(Words(), nothing) == []

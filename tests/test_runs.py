@@ -271,6 +271,17 @@ def test_a_dry_run_needs_no_free_folder_and_says_first_what_can_not_work(tmp_pat
     assert "--llm-max-cost" in captured.err and not captured.out
 
 
+def test_a_dry_run_shows_the_questions_that_the_run_asks(tmp_path, capsys, monkeypatch):
+    """It drew other analyses than the run."""
+    say = lambda self, prompts, key: [f"drawn with {key_bits(key)}" for _ in prompts]  # noqa: E731
+    monkeypatch.setattr(rladapter_adapter.NoAdapter, "analyse", say)
+    assert run(tmp_path / "run", "--dry-run", steps=256) == 0
+    shown = capsys.readouterr().out
+    assert run(tmp_path / "run", steps=256) == 0
+    first = [line for line in lines(tmp_path / "run/guidance.jsonl") if line["phase"] == 0]
+    assert first and all(line["messages"][1]["content"] in shown for line in first)
+
+
 def test_seeds_share_no_keys():
     """Phase 1 of seed 1 used a key of seed 2: in jax split(key)[i] is fold_in(key, i)."""
     used = []

@@ -48,7 +48,11 @@ def first_line(error: BaseException) -> str:
 
     Files may have put anything into it: halves of characters, escapes.
     """
-    line = (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_ERROR_LINE]
+    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
+    line, rest = lines[0], [line for line in lines[1:] if line]
+    if line.endswith(":") and rest:  # the reason comes behind it
+        line += f" {rest[0]}"
+    line = line[:MAX_ERROR_LINE]
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 

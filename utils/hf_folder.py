@@ -322,27 +322,42 @@ def read_params(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     return {name: jnp.asarray(value) for name, value in params.items()}
 
 
-def write_params(folder: Path, params: Mapping[str, Any]) -> None:
-    """Writes weights as `read_params` reads them, in one file."""
+def save_tensors(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file. Raises OSError where that fails."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    try:
+        save_file(tensors, str(path), metadata)
+    except SafetensorError as error:  # of a full disk, too
+        raise OSError(f"cannot write {path}: {first_line(error)}") from None
+
+
+def write_params(folder: Path, params: Mapping[str, Any]) -> None:
+    """Writes weights as `read_params` reads them, in one file."""
     tensors = {}
     for theirs, (ours, layer) in tensor_names({name: value.shape for name, value in params.items()}).items():
         value = np.asarray(params[ours] if layer is None else params[ours][layer])
         tensors[theirs] = np.ascontiguousarray(value.T if ours in TRANSPOSED else value)
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def write_model(folder: Path, base: Path, params: Mapping[str, Any]) -> None:
     """Writes a whole model folder: these weights, f32, and all other files of the base model."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in base.iterdir():
-        if path.suffix in (".json", ".txt", ".model", ".jinja") and "safetensors" not in path.name:
-            shutil.copyfile(path, folder / path.name)
-    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
-    config.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    write_params(folder, {name: np.asarray(value, np.float32) for name, value in params.items()})
+    before = set(folder.iterdir())
+    try:
+        for path in base.iterdir():
+            if path.suffix in (".json", ".txt", ".model", ".jinja") and "safetensors" not in path.name:
+                shutil.copyfile(path, folder / path.name)
+        config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
+        config.pop("torch_dtype", None)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_params(folder, {name: np.asarray(value, np.float32) for name, value in params.items()})
+    except Exception:  # a full disk: nothing half done stays
+        for path in set(folder.iterdir()) - before:
+            path.unlink()
+        raise
 
 
 # ------------------------------------------------------------------------------------------------------ a LoRA folder
@@ -427,8 +442,6 @@ def read_lora(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict
 
 def write_lora(folder: Path, settings: Mapping[str, Any], factors: Mapping[str, Any], base_name: str) -> None:
     """Writes LoRA weights as `read_lora` reads them."""
-    from safetensors.numpy import save_file
-
     targets = settings["targets"]
     names = lora_names(targets, len(factors[f"{targets[0]}_a"]))
     tensors = {
@@ -444,7 +457,7 @@ def write_lora(folder: Path, settings: Mapping[str, Any], factors: Mapping[str, 
     paths = [folder / name for name in ("adapter_model.safetensors", "adapter_config.json")]
     halves = [path.with_name(path.name + ".tmp") for path in paths]
     try:  # a kill or a full disk leaves what was there before
-        save_file(tensors, str(halves[0]))
+        save_tensors(tensors, halves[0])
         halves[1].write_text(json.dumps(peft, indent=1) + "\n")
         for half, path in zip(halves, paths, strict=True):
             half.replace(path)

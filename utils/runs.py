@@ -137,7 +137,7 @@ def may_be(kind: Any, value: Any) -> bool:
     """Says whether a value of a config.json is of the type of a flag."""
     if typing.get_origin(kind) is typing.Literal:
         return value in typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # the second is that of an Annotated one
         return any(may_be(one, value) for one in typing.get_args(kind))
     like = {float: (int, float), Path: (str,)}.get(kind, (kind,))
     return type(value) in like

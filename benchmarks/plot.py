@@ -38,9 +38,13 @@ STYLE = {
 WIDTH = 6.4  # inches
 RETURN, SCORE = "return", "score, %"
 # Whose own colour would be taken in a figure of COMPARED
-COLOURS = {"retrieved": "tab:purple", "rules": "0.3", "smollm2-no-sft": "tab:olive", "smollm2-experience": "tab:pink"}
+COLOURS = {
+    "retrieved": "tab:purple", "echo": "tab:cyan", "rules": "0.3", "smollm2-no-sft": "tab:olive",
+    "smollm2-experience": "tab:pink",
+}  # fmt: skip
 COMPARED = (  # where the guide knows little
-    "none", "facts", "no-adapter", "no-sft", "experience", "smollm2-no-sft", "smollm2-experience", "retrieved", "rules",
+    "none", "facts", "no-adapter", "no-sft", "experience", "smollm2-no-sft", "smollm2-experience", "retrieved", "echo",
+    "rules",
 )  # fmt: skip
 OURS = ("env, our resets", "rollout", "unguided", "guided", "guided, no adapter", "same work, ours")
 

@@ -19,6 +19,7 @@ FULL = "guided"  # the full method
 NO_LLM = ("rules", "random", "shuffled", "echo")  # guides that are none
 # The tuned adapters that others of the suites `adapter` and `llm` are compared with, and each one's untuned one.
 TUNED = {"experience": "no-sft", "smollm2-experience": "smollm2-no-sft"}
+NO_GUIDE = {"experience": "echo"}  # the same adapter, whose analyses are the advice
 SAID = ("no-adapter", "no-sft", "experience", "smollm2-no-sft", "smollm2-experience")  # what they said is shown
 UNGUIDED = ("none", "facts")
 COMPARED = {"episodic_return": "return", "score": "score", "training_score": "score in training"}
@@ -250,18 +251,21 @@ def gpu_table() -> str:
 
 
 def claim_table(suites: dict[str, Results]) -> str:
-    """Return and score with each tuned adapter, beside the same adapter untuned and none, of suites with a guide that
-    does not know the game; and how far the tuned one's return leads. Means over each one's own seeds."""
+    """Return and score with each tuned adapter, beside the same adapter untuned and none, and without the guide, of
+    suites with a guide that does not know the game; how far the tuned one's return leads. Means over all seeds of each.
+    """
     rows = []
     for results in suites.values():
         for tuned, untuned in ((t, u) for t, u in TUNED.items() if t in results):
             summary = next(iter(results[tuned].values()))["summary"]
             row = [guide_of(summary), summary["adapter"].rpartition("/")[2], f"{summary['global_step'] / 1e6:.1g}M"]
-            row += [shown(results[name]) if name in results else "" for name in ("no-adapter", untuned, tuned)]
-            leads = [(lead(results, name, "episodic_return", tuned), name) for name in (untuned, "no-adapter")]
+            alone = NO_GUIDE.get(tuned, "")
+            row += [shown(results[name]) if name in results else "" for name in ("no-adapter", untuned, tuned, alone)]
+            leads = [(lead(results, name, "episodic_return", tuned), name) for name in (untuned, "no-adapter", alone)]
             rows.append([*row, *(f"{text} ({seeds(results, tuned, name)})" if text else "" for text, name in leads)])
-    header = ["Guide", "Adapter", "env steps", "no adapter", "untuned", "tuned", "tuned minus untuned [95 %] (seeds)"]
-    return markdown([*header, "minus no adapter"], rows) if rows else "not measured"
+    header = ["Guide", "Adapter", "env steps", "return / score: no adapter", "untuned", "tuned", "tuned, nobody asked"]
+    header += ["return: tuned minus untuned [95 %] (seeds)", "minus no adapter", "minus nobody asked"]
+    return markdown(header, rows) if rows else "not measured"
 
 
 def shown(runs: dict[int, Result]) -> str:

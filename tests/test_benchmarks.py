@@ -556,10 +556,11 @@ def test_the_table_of_the_adapter_compares_the_tuned_one_by_seed_with_all_others
     assert measured == {"`experience`": ["`experience`", "50", *[""] * 8]}
     difference = ["+3.50 [-2.85, +9.85]", "+7.00 [-5.71, +19.71]", "+3.50 [-2.85, +9.85]"]
     assert ahead["`no-adapter`"][1:] == ["2", *difference] and ahead["`no-sft`"][1:] == ["1", "+1.00", "+2.00", "+1.00"]
-    others = results | {"smollm2-no-sft": results["no-sft"], "smollm2-experience": results["experience"]}
+    smollm2 = {"smollm2-no-sft": results["no-sft"], "smollm2-experience": results["experience"]}
+    others = results | smollm2 | {"echo": {3: results["experience"][2]}}
     own = [part.splitlines() for part in tables.adapter_table(others).split("\n\n")[1:3]]
     assert [[line.split("`")[1] for line in lines if "`" in line] for lines in own] == [
-        ["experience", "no-adapter", "no-sft"], ["smollm2-experience", "no-adapter", "smollm2-no-sft"],
+        ["experience", "no-adapter", "no-sft", "echo"], ["smollm2-experience", "no-adapter", "smollm2-no-sft", "echo"],
     ]  # fmt: skip
     alone = tables.adapter_table({"experience": results["experience"]})
     assert "minus" not in alone and "minus" not in tables.adapter_table({"no-sft": results["no-sft"]})
@@ -571,7 +572,8 @@ def test_the_table_of_the_adapter_compares_the_tuned_one_by_seed_with_all_others
     claim = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
              tables.claim_table({"adapter": others, "llm": {}}).splitlines()[2:]]  # fmt: skip
     start = ["rules (no LLM)", "tiny", claim[0][2], "1.5 / 3 %", "3.0 / 6 %", "6.0 / 12 %"]
-    assert claim == [[*start, "+1.00 (1)", "+3.50 [-2.85, +9.85] (2)"]] * 2  # of both tuned adapters
+    leads = ["+1.00 (1)", "+3.50 [-2.85, +9.85] (2)"]
+    assert claim == [[*start, "6.0 / 12 %", *leads, "+2.00 (1)"], [*start, "", *leads, ""]]  # of both tuned adapters
     assert tables.claim_table({"adapter": {}}) == "not measured"
     shown = [tables.advice_table({name: results["experience"]}).splitlines()[2] for name in ("experience", "exchanged")]
     agreed = [" 50 [0, 100] " in line for line in shown]

@@ -619,16 +619,16 @@ class Adapter:
     """A decoder with its tokenizer and LoRA weights. Made by `load_adapter`."""
 
     def __init__(
-        self, config: LmConfig, params: Tree, factors: Tree, tokenizer: Any, eos: Sequence[int],
-        lora: LoraConfig = LoraConfig(), folder: Path | None = None, name: str = "", system: str = "",
+        self, config: LmConfig, params: Tree, factors: Tree, chat: hf_folder.Chat, eos: Sequence[int],
+        lora: LoraConfig = LoraConfig(), folder: Path | None = None, name: str = "",
     ) -> None:  # fmt: skip
-        """Takes the base's weights, folder and name (as LoRA folders say it), LoRA's factors, a system prompt."""
-        self.config, self.lora_config, self.tokenizer, self.eos = config, lora, tokenizer, tuple(eos)
+        """Takes the base's weights, folder and name (as LoRA folders say it), LoRA's factors, what makes prompts."""
+        self.config, self.lora_config, self.eos = config, lora, tuple(eos)
+        self.chat, self.tokenizer = chat, chat.tokenizer
         self.graphdef, lora_state, base = nnx.split(Decoder(config, params, lora, factors), Lora, ...)
         self.base, self.lora = nnx.to_pure_dict(base), nnx.to_pure_dict(lora_state) or {"lora": {}}
         self.optimizer = SFT_OPTIMIZER.init(self.lora)
         self.folder, self.name = folder, name
-        self.chat = hf_folder.Chat(tokenizer, system)
         self.beginning: list[int] | None = None  # the tokens all prompts begin with, once known
         self.prefix: Any = None  # the keys and values of these; None again when the weights change
         self.temperature, self.max_tokens = SftArgs.adapter_temperature, SftArgs.adapter_max_tokens
@@ -871,12 +871,13 @@ class Adapter:
 
 
 def load_adapter(
-    source: str | Path, lora: LoraConfig = LoraConfig(), seed: int = 0, system: str = ""
+    source: str | Path, lora: LoraConfig = LoraConfig(), seed: int = 0, system: str = "", chat_template: bool = True
 ) -> Adapter:  # fmt: skip
     """Returns the adapter of a Hugging Face model folder or hub id, with fresh LoRA weights and that system prompt.
 
-    Or of a folder that `save` (or PEFT) wrote, with the weights and settings in there, not `lora`.
-    Raises ValueError, one line, for what is missing, damaged or of an unsupported kind.
+    Or of a folder that `save` (or PEFT) wrote, with the weights and settings in there, not `lora`. Without its chat
+    template prompts are plain text. Raises ValueError, one line, for what is missing, damaged or of an unsupported
+    kind.
     """
     folder = hf_folder.find_folder(source)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -894,7 +895,7 @@ def load_adapter(
             raise ValueError(f"its end tokens are {hf_folder.brief(ends)}, which are none of its {config.vocab_size}")
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model {config.vocab_size}")
-        hf_folder.Chat(tokenizer, system)  # fails here, where the folder is named, if the template does
+        chat = hf_folder.Chat(tokenizer, system, chat_template)  # here, where the folder is named: it may fail
         if not hf_folder.is_lora(folder):
             # The first four keys that come of this seed are those of the run (`rladapter_ppo.run_keys`).
             factors = init_lora(config, lora, jax.random.fold_in(jax.random.key(seed), 4))
@@ -903,9 +904,9 @@ def load_adapter(
             lora = LoraConfig(**settings)
     except Exception as error:  # three libraries parse these files, each with its own errors
         raise ValueError(f"cannot use {folder}: {first_line(error)}") from error
-    if tokenizer.chat_template is None:
+    if chat_template and tokenizer.chat_template is None:
         print(f"note: {base} has no chat template; it is given plain text", file=sys.stderr)
-    return Adapter(config, params, factors, tokenizer, list(dict.fromkeys(ends)), lora, base, name, system)
+    return Adapter(config, params, factors, chat, list(dict.fromkeys(ends)), lora, base, name)
 
 
 def make_adapter(args: SftArgs, seed: int, game: Game) -> Adapter | NoAdapter:
@@ -932,14 +933,14 @@ def naming(flag: str, hint: str = "") -> Iterator[None]:
 
 
 def open_adapter(
-    flag: str, source: str, seed: int = 0, hint: str = "", system: str = "", **lora: Any
+    flag: str, source: str, seed: int = 0, hint: str = "", system: str = "", chat_template: bool = True, **lora: Any
 ) -> Adapter:  # fmt: skip
     """Returns the adapter that a flag names. The --lora-* flags (None: not given) must fit it."""
     given = {name: value for name, value in lora.items() if value is not None}
     with naming(", ".join(f"--lora-{name}" for name in given)):
         config = LoraConfig(**given)
     with naming(flag, hint):
-        adapter = load_adapter(source, config, seed, system)
+        adapter = load_adapter(source, config, seed, system, chat_template)
     for name, value in given.items():  # what `load_adapter` made anew is as given
         own = getattr(adapter.lora_config, name)
         if set(value) != set(own) if name == "targets" else value != own:
@@ -1007,8 +1008,7 @@ def generate_command(
     check_seed(seed)
     if HALF_A_CHARACTER.search(prompt):
         raise ValueError("--prompt: is no UTF-8 text")
-    adapter = open_adapter("--model", model)
-    adapter.chat = hf_folder.Chat(adapter.tokenizer, "", chat_template)
+    adapter = open_adapter("--model", model, chat_template=chat_template)
     room = adapter.room_for(max_new_tokens)
     with naming("--model, --max-new-tokens"):
         tokens = adapter.chat.encode(prompt, room)
@@ -1065,9 +1065,9 @@ def sft_command(
     examples = read_examples(data)
     told = about(make_env(env_id, 1).game) if system_prompt else ""
     adapter = open_adapter(
-        "--model", model, seed, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets
-    )
-    adapter.chat = hf_folder.Chat(adapter.tokenizer, told, chat_template)
+        "--model", model, seed, system=told, chat_template=chat_template,
+        rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets,
+    )  # fmt: skip
     if out is not None and not out.exists():
         try:
             out.mkdir(parents=True)  # can it be made? Later all that is trained would be lost

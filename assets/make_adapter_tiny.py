@@ -337,7 +337,8 @@ def train(captions: Sequence[str], folder: Path, steps: int, seed: int = 0, repo
     some = rng.permutation(len(captions))[:2000]
     tokenizer = train_tokenizer([" ".join(made_up_examples(rng, captions[i], 1)[0]) for i in some])
     config = LmConfig(**{**TINY.__dict__, "vocab_size": len(tokenizer)})
-    adapter = Adapter(config, init_params(config, jax.random.key(seed)), {}, tokenizer, [tokenizer.eos_token_id])
+    params, chat = init_params(config, jax.random.key(seed)), hf_folder.Chat(tokenizer, "")
+    adapter = Adapter(config, params, {}, chat, [tokenizer.eos_token_id])
     base, optimizer = adapter.base, pretrain_optimizer(steps).init(adapter.base)
     queue, losses, start = [], [], time.perf_counter()
     for step in range(1, steps + 1):

@@ -377,7 +377,7 @@ def test_a_step_too_far_is_taken_back(adapter):
 def test_fresh_lora_equals_the_base(adapter):
     tokens = some_tokens(adapter, 8)[None]
     adapted = logits_of(adapter, tokens)
-    plain = ra.Adapter(adapter.config, adapter.base["params"], {}, adapter.tokenizer, adapter.eos)
+    plain = ra.Adapter(adapter.config, adapter.base["params"], {}, adapter.chat, adapter.eos)
     np.testing.assert_array_equal(adapted, logits_of(plain, tokens))
     assert np.abs(logits_of(with_random_b(adapter), tokens) - adapted).max() > 1e-3
 
@@ -408,7 +408,7 @@ def test_save_and_load_give_equal_logits(adapter, tmp_path, tied):
     tiny.write_folder(tmp_path / "copy", config, params, first.tokenizer)
     second = ra.load_adapter(tmp_path / "copy")
     assert second.config == config and second.eos == first.eos
-    original = ra.Adapter(config, params, {}, first.tokenizer, first.eos)
+    original = ra.Adapter(config, params, {}, first.chat, first.eos)
     tokens = some_tokens(first, 10)[None]
     np.testing.assert_array_equal(logits_of(original, tokens), logits_of(second, tokens))
     prompt = prompt_of(CAPTION, [3], 0.5)
@@ -713,6 +713,7 @@ def test_a_template_that_takes_nothing_is_one_line(folder, tmp_path, template):
     with pytest.raises(ValueError, match="^--adapter: cannot use .*chat template.*or use --adapter none$") as error:
         ra.make_adapter(ra.SftArgs(str(path)), 0, game=CRAFTER)
     assert "\n" not in str(error.value)
+    assert ra.load_adapter(path, chat_template=False).chat.tokens("hello")  # plain text needs none
 
 
 def test_a_context_too_short_for_training_is_one_line_before_it_begins(folder, data, tmp_path, capsys):

@@ -162,7 +162,7 @@ def write_analyses(
     analyses = list(retrieved) or ([""] * len(prompts) if silent else adapter.analyse(prompts, key))
     if control == "exchanged":
         analyses = analyses[1:] + analyses[:1] if len(analyses) > 1 else [""]
-    elif control == "random":
+    elif control == "random" and not silent:
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
         named = [rng.permutation(game.basic_sub_goals)[: rng.integers(1, 3)] for _ in analyses]
         analyses = [suggestion(names) for names in named]

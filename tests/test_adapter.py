@@ -1493,9 +1493,11 @@ def test_controls_of_what_the_guide_is_given():
         def analyse(self, prompts, key):
             return [prompt.upper() for prompt in prompts]
 
-    def analyses(control, key=0):
+    def analyses(control, key=0, waits=False):
+        adapter = Echo()
+        adapter.waits = waits
         questions = [Question(np.zeros(1), np.zeros(1, bool), [], None, caption=f"{i} trees") for i in range(3)]
-        ra.write_analyses(Echo(), CRAFTER, questions, jax.random.key(key), control)
+        ra.write_analyses(adapter, CRAFTER, questions, jax.random.key(key), control)
         assert [q.adapter_prompt for q in questions] == [prompt_of(f"{i} trees", [], None) for i in range(3)]
         return [q.analysis for q in questions]
 
@@ -1503,3 +1505,4 @@ def test_controls_of_what_the_guide_is_given():
     assert exchanged == [*own[1:], own[0]] and len(set(own)) == 3
     assert all(1 <= len(CRAFTER.sub_goals_in_text(text)) <= 2 for text in random)
     assert random == analyses("random") != analyses("random", key=1)
+    assert all(analyses(control, waits=True) == [""] * 3 for control in ("own", "exchanged", "random"))

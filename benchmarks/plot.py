@@ -9,6 +9,7 @@ Figures are for a phone's width: one column, large type. Bands and bars are 95 %
 
 import json
 import sys
+import textwrap
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ WIDTH = 6.4  # inches
 RETURN, SCORE = "return", "score, %"
 # Whose own colour would be taken in a figure of COMPARED
 COLOURS = {
-    "retrieved": "tab:purple", "echo": "tab:cyan", "rules": "0.3", "smollm2-no-sft": "tab:olive",
+    "retrieved": "tab:purple", "echo": "tab:brown", "rules": "0.3", "smollm2-no-sft": "tab:olive",
     "smollm2-experience": "tab:pink",
 }  # fmt: skip
 COMPARED = (  # where the guide knows little
@@ -110,7 +111,8 @@ def subtitle(results: Results) -> str:
     summaries = [result["summary"] for runs in results.values() for result in runs.values()]
     envs = ", ".join(sorted({s["env_id"].removesuffix("-v1").removesuffix("-v0") for s in summaries}))
     names = sorted({guide_of(summary) for summary in summaries if summary["llm"] != "none"})
-    return envs + (f"\nguide: {', '.join(names)}" if names else "")
+    whole = "; ".join(name.replace(" ", "\N{NO-BREAK SPACE}") for name in names)
+    return envs + ("\n" + textwrap.fill(f"guide: {whole}", 60) if names else "")
 
 
 def plot_controls(results: Results, path: Path) -> bool:

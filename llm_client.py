@@ -305,6 +305,10 @@ class Guide:
         """Returns the text of a reply, which depends on the question and the seed alone."""
         raise NotImplementedError
 
+    def heard(self, question: Question) -> dict[int, tuple[str, ...]]:
+        """Returns the sub-goals that the analysis names, each with what it says that this takes."""
+        return self.game.heard_in_text(clean(question.analysis, MAX_ANALYSIS))
+
     def complete(self, questions: list[Question]) -> list[Reply]:
         """Returns a reply to each question of a pause. Never raises: what fails is in Reply.error."""
         return [self._reply(question) for question in questions]
@@ -450,7 +454,7 @@ class RulesGuide(Guide):
             self.name = f"rules ({knowledge})"
 
     def answer(self, question: Question) -> str:
-        heard = self.game.heard_in_text(clean(question.analysis, MAX_ANALYSIS))
+        heard = self.heard(question)
         if self.heeded < 1 and self.generator(question).random() >= self.heeded:
             heard = {}
         advice = self.advise(self.game.truths(question.situation), heard)
@@ -491,7 +495,7 @@ class EchoGuide(Guide):
     name = "echo"
 
     def answer(self, question: Question) -> str:
-        heard = self.game.heard_in_text(clean(question.analysis, MAX_ANALYSIS))
+        heard = self.heard(question)
         if not heard:
             raise ValueError("the analysis names no sub-goal")
         return format_reply(self.game, list(heard.items())[:MAX_SUB_GOALS])

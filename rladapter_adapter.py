@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import jax
@@ -39,7 +40,7 @@ from rich.progress import Progress
 from envs import make_env
 from envs.game import Game
 from utils import hf_folder
-from utils.cli import BigInt, exit_code, first_line
+from utils.cli import BigInt, check_ranges, exit_code, first_line
 from utils.compilation import use_compilation_cache
 
 Tree = dict[str, Any]  # a nested dict of arrays
@@ -985,8 +986,7 @@ def read_examples(path: Path) -> list[tuple[str, str]]:
 
 
 def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"--seed: {seed} is out of range; choose 0 to {2**32 - 1}")
+    check_ranges(SimpleNamespace(seed=seed), {"seed": (0, 2**32 - 1)})
 
 
 def generate_command(

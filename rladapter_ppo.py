@@ -857,18 +857,18 @@ def tune_adapter(
     Training goes on where that fails: with loss or gradients that are no numbers, or without memory for it.
     """
     sft, examples = args.sft, table.examples(env, args.sft.sft_data)
-    if not examples and sft.sft_data == "best" and not args.llm.knows_the_game:
-        adapter.warn_that_nothing_won()
+    if not examples:
+        if sft.sft_data == "best" and not args.llm.knows_the_game:
+            adapter.warn_that_nothing_won()
+        return {"adapter/cut_prompts": adapter.cut_prompts}, []
     measured, tuned = {}, {}
     try:
-        if examples:
-            measured |= table.agreement(env, adapter, key, "before")
+        measured |= table.agreement(env, adapter, key, "before")
         tuned = adapter.finetune(
             examples, key, epochs=sft.sft_epochs, learning_rate=sft.sft_learning_rate, batch_size=sft.sft_batch_size,
             lora_plus_ratio=sft.lora_plus_ratio, report=report,
         )  # fmt: skip
-        if examples:
-            measured |= table.agreement(env, adapter, key, "after")
+        measured |= table.agreement(env, adapter, key, "after")
         reason, way = "its loss or gradients became NaN or infinite", "a lower --sft-learning-rate"
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):

@@ -40,8 +40,8 @@ WIDTH = 6.4  # inches
 RETURN, SCORE = "return", "score, %"
 # Whose own colour would be taken in a figure of COMPARED
 COLOURS = {
-    "retrieved": "tab:purple", "echo": "tab:brown", "rules": "0.3", "smollm2-no-sft": "tab:olive",
-    "smollm2-experience": "tab:pink",
+    "no-sft": "tab:green", "retrieved": "tab:purple", "echo": "tab:brown", "rules": "0.3",
+    "smollm2-no-sft": "tab:olive", "smollm2-experience": "tab:pink",
 }  # fmt: skip
 COMPARED = (  # where the guide knows little
     "none", "facts", "no-adapter", "no-sft", "experience", "smollm2-no-sft", "smollm2-experience", "retrieved", "echo",

@@ -71,8 +71,9 @@ def guide_of(summary: dict[str, Any]) -> str:
     """The guide of a run; of the offline one also what it knows, where that is not the game."""
     if summary["llm"] not in NO_LLM:
         return summary["llm_model"] or summary["llm"]
-    knows = summary.get("rules_knowledge", "expert") if summary["llm"] == "rules" else "expert"
-    return summary["llm"] + ("" if knows == "expert" else f", {knows}") + " (no LLM)"
+    knows = summary.get("rules_knowledge", "expert")
+    other = f", {knows}" * (summary["llm"] == "rules" and knows != "expert")
+    return f"{summary['llm']}{other} (no LLM)"
 
 
 def lead(results: Results, name: str, key: str, ahead: str = FULL) -> str:

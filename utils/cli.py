@@ -48,11 +48,8 @@ def first_line(error: BaseException) -> str:
 
     Files may have put anything into it: halves of characters, escapes.
     """
-    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
-    line, rest = lines[0], [line for line in lines[1:] if line]
-    if line.endswith(":") and rest:  # the reason comes behind it
-        line += f" {rest[0]}"
-    line = line[:MAX_ERROR_LINE]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = " ".join(lines[: 1 + lines[0].endswith(":")])[:MAX_ERROR_LINE]  # behind a colon the reason comes
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 

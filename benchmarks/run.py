@@ -175,7 +175,10 @@ SUITES = {
     # A guide that does not know the task: what the adapter's analyses are worth, and what it is tuned on.
     "adapter": Suite(WITH_ADAPTERS, f"{MINECRAFT} --total-timesteps 300000"),
     # Whether it still is where there is more time; without any guide that is of the suite main.
-    "adapter-1m": Suite(("no-adapter", "no-sft", "experience", "retrieved", "echo", "rules"), MINECRAFT),
+    "adapter-1m": Suite((
+        "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "exchanged", "retrieved", "echo",
+        "random-analyses", "rules",
+    ), MINECRAFT),
     # The same with a real, small LLM: start the server first, docs/adapter.md says how.
     "llm": Suite(
         WITH_ADAPTERS,

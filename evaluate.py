@@ -451,11 +451,10 @@ def guide_name(trained: Trained) -> str:
     if not trained.args.context.guided:
         return "none"
     llm = trained.llm
-    if llm.llm == "rules" and llm.rules_knowledge != "expert":
-        return f"rules of {llm.rules_knowledge} (no LLM)"
-    if llm.llm == "http":
-        return llm.llm_model
-    return llm.llm if llm.llm == "replay" else f"{llm.llm} (no LLM)"
+    if llm.llm not in report.NO_LLM:
+        return llm.llm_model if llm.llm == "http" else llm.llm
+    other = f" of {llm.rules_knowledge}" * (llm.llm == "rules" and llm.rules_knowledge != "expert")
+    return f"{llm.llm}{other} (no LLM)"
 
 
 # --------------------------------------------------------------------------------------------------

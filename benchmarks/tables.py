@@ -14,9 +14,9 @@ from run import ROOT, VARIANTS
 from stats import bootstrap_interval, iqm, paired_difference, probability_of_improvement
 
 from utils.published import PUBLISHED
+from utils.report import NO_LLM
 
 FULL = "guided"  # the full method
-NO_LLM = ("rules", "random", "shuffled", "echo")  # guides that are none
 # The tuned adapters that others of the suites `adapter` and `llm` are compared with, and each one's untuned one.
 TUNED = {"experience": "no-sft", "smollm2-experience": "smollm2-no-sft"}
 NO_GUIDE = {"experience": "echo"}  # the same adapter, whose analyses are the advice

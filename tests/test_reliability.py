@@ -1,6 +1,7 @@
 """What a machine, a scheduler or a hurried user does to a run. In process, on the toy game."""
 
 import asyncio
+import contextlib
 import gc
 import json
 import os
@@ -338,6 +339,25 @@ def test_a_full_disk_does_not_stop_a_training_nor_block_the_next_one(size, flags
         assert "has made all its steps" in again[0] and again[1:] == ["2"]
         assert run_folder.read_log(folder, "metrics.jsonl")[-1]["global_step"] == 896
         assert "can't write" in first[-1] and "adapter" in first[-1] and not any((folder / "adapter").iterdir())
+
+
+def test_what_a_failed_save_writes_late_is_taken_away(tmp_path):
+    """Orbax's threads write on after the save has failed: a disk would stay full of what nobody reads."""
+    checkpoints = run_folder.Checkpoints(tmp_path)
+    half = tmp_path / "checkpoints/0.orbax-checkpoint-tmp/d"
+
+    def write_late():
+        for _ in range(20):
+            with contextlib.suppress(OSError):  # just taken away
+                half.mkdir(parents=True, exist_ok=True)
+                (half / "part").write_text("late")
+            time.sleep(0.02)
+
+    late = threading.Thread(target=write_late)
+    late.start()
+    checkpoints.take_away_failed(still=2, at_most=60)
+    assert not late.is_alive() and not list((tmp_path / "checkpoints").iterdir())
+    checkpoints.close()
 
 
 def test_what_a_failed_save_says_late_is_not_shown(tmp_path, caplog):

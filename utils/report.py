@@ -29,7 +29,7 @@ from utils.run_folder import clean_line, read_log
 from utils.trials import MIN_VISITS
 
 FILES = ("config.json", "summary.json", "eval.json", "metrics.jsonl", "guidance.jsonl", "outcomes.jsonl")
-NO_LLM = {
+NO_LLM = {  # the guides that are none
     "rules": "no LLM: a list of rules",
     "shuffled": "no LLM: a list of rules, its sub-goals exchanged with each other",
     "random": "no LLM: advice is drawn at random",

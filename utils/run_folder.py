@@ -376,13 +376,27 @@ class Checkpoints:
                 self.manager.wait_until_finished()
             self.failed = False
         except Exception as error:
-            for half in (self.folder / "checkpoints").glob(f"{phase}.*"):
-                shutil.rmtree(half, ignore_errors=True)
+            self.take_away_failed()
             if not self.failed:
                 reason = f"can't write a checkpoint to {self.folder} ({clean_line(str(error))})"
                 print(f"warning: {reason}; training goes on", file=sys.stderr)
             self.failed = True
         return not self.failed
+
+    def take_away_failed(self, still: float = 0.2, at_most: float = 5) -> None:
+        """Takes away what saves that failed have left, until no more of it has come for a while.
+
+        Their threads, for which nobody can wait, write on: what was taken away comes again, and fills the disk.
+
+        Args:
+            still, at_most: seconds
+        """
+        start = quiet_since = time.monotonic()
+        while time.monotonic() < min(quiet_since + still, start + at_most):
+            for half in (self.folder / "checkpoints").glob("[0-9]*.*"):
+                shutil.rmtree(half, ignore_errors=True)
+                quiet_since = time.monotonic()
+            time.sleep(still / 10)
 
     def restore(self, arrays: Any, situations: dict[str, np.ndarray]) -> tuple[int, Any, Any, dict[str, Any]]:
         """Reads the newest readable checkpoint. Raises ValueError if none is.

@@ -439,6 +439,8 @@ class Run:
         summary = totals | result | {"SPS": self.steps_per_second}
         summary |= clocks | {name: given[name] for name in SUMMARY_FLAGS}
         if self.leads:
+            if self.checkpoints.failed:
+                self.checkpoints.take_away_failed()
             run_folder.write_summary(self.folder, summary)
         return summary
 

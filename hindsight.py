@@ -6,15 +6,16 @@
 
 *Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached and was paid for soon after (or
 reached, where none was paid for), where these steps paid more than is usual in such a situation: what is often reached
-needs no advice. *Experience*: what was so whenever a sub-goal was reached and paid for. What is found out comes of what
-a player can see, of its rewards, and of nothing that the game's rules say. No LLM is asked.
+needs no advice. *Experience*: what was so whenever a sub-goal was reached and paid for. *Plans*: what a sub-goal takes
+near, and another one brings, is made here instead of gone to. What is found out comes of what a player can see, of its
+rewards, and of nothing that the game's rules say. No LLM is asked.
 
 M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of an observation.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,6 +69,15 @@ def usual(facts: np.ndarray, returns: np.ndarray) -> np.ndarray:
     inputs = np.concatenate([facts, np.ones((len(facts), 1))], 1).astype(np.float64)
     weights = np.linalg.solve(inputs.T @ inputs + RIDGE * np.eye(inputs.shape[1]), inputs.T @ returns)
     return inputs @ weights
+
+
+class Plan(NamedTuple):
+    """What is made for a sub-goal, here, instead of going to it: basic sub-goals and a fact by their indices."""
+
+    maker: int
+    goal: int
+    made: int
+    takes: tuple[str, ...]
 
 
 class Found:
@@ -155,6 +165,24 @@ class Found:
                 found.append(i)
         return [i for i in found if self.game.facts[i] not in self.game.doing][:MAX_FACTS]
 
+    def plans(self) -> list[Plan]:
+        """Returns what is worth making here, as another sub-goal takes it near: a furnace beside the table.
+
+        That takes what both take, amounts added up, but for what is made; and that it is not here yet. Makers are
+        sub-goals that are about no thing to go to.
+        """
+        game, takes, plans = self.game, self.takes(), []
+        for maker in takes:
+            if game.sub_goals[maker] in game.things:
+                continue
+            for made in self._brought(maker):
+                for goal in takes if game.facts[made] in game.destinations else ():
+                    if goal != maker and made in (needs := self._needs(goal)):
+                        both = game.added_up([*self._needs(maker), *(i for i in needs if i != made)])
+                        ends = [text for text in takes[goal][-1:] if text.startswith("not ")]
+                        plans.append(Plan(maker, goal, made, (*both, f"not {game.facts[made]}", *ends)))
+        return plans
+
     def _brought(self, goal: int) -> list[int]:
         """Finds the facts that became true whenever a sub-goal was reached and paid for, the most frequent first."""
         arrays = self.arrays
@@ -170,7 +198,8 @@ class Found:
         """Makes (prompt, analysis) pairs, the most telling first.
 
         Args:
-            source: hindsight, or experience, which also says what this sub-goal takes, and what some others do
+            source: hindsight; experience, which also says what this sub-goal takes, and what some others do; or plans,
+                which also says what to make for some of these
             most: pairs
             prompt_of: the adapter's prompt for obs (O,) and facts (P,)
         """
@@ -179,13 +208,14 @@ class Found:
 
     def lessons(self, source: str, most: int) -> dict[int, str]:
         """Returns the analyses that would have been right in remembered situations; arguments as of `examples`."""
-        known = self.takes() if source == "experience" else {}
+        known = {} if source == "hindsight" else self.takes()
+        plans = self.plans() if source == "plans" else []
         texts = {}
         for i in self.most_telling()[:most]:
             goal = self.worth_saying(i)
             texts[i] = suggestion([self.game.sub_goals[goal]])
-            if source == "experience":
-                texts[i] = " ".join([texts[i], *self.experience(goal, known, np.random.default_rng(i))])
+            if source != "hindsight":
+                texts[i] = " ".join([texts[i], *self.experience(goal, known, plans, np.random.default_rng(i))])
         return texts
 
     def retrieved(self, facts: np.ndarray, lessons: Mapping[int, str]) -> list[str]:
@@ -195,16 +225,20 @@ class Found:
         apart = (facts[:, None] != self.arrays.facts[list(lessons)]).sum(-1)  # (M, lessons)
         return [list(lessons.values())[i] for i in apart.argmin(1)]
 
-    def experience(self, goal: int, known: dict[int, list[str]], rng: np.random.Generator) -> list[str]:
-        """Returns sentences: what a sub-goal takes, if that is known, and what OTHERS drawn by rng take.
+    def experience(
+        self, goal: int, known: dict[int, list[str]], plans: list[Plan], rng: np.random.Generator
+    ) -> list[str]:
+        """Returns sentences: what a sub-goal takes, if that is known, and what OTHERS drawn by rng take, or plans.
 
-        The rarer are drawn more often: what is often reached needs no advice.
+        The rarer are drawn more often: what is often reached needs no advice. A plan is as rare as what it is for.
         """
-        rest = np.array([i for i in known if i != goal], int)
-        chance = 1 / np.sqrt(np.maximum(self.arrays.times[rest], 1))
-        num = min(OTHERS, len(rest))
-        drawn = rng.choice(rest, num, replace=False, p=chance / chance.sum()) if num else rest
-        named = [self.game.experience_text(known[i], self.game.sub_goals[i]) for i in drawn]
+        others = [(i, i, known[i]) for i in known if i != goal]
+        others += [(plan.maker, plan.goal, plan.takes) for plan in plans if plan.maker != goal]
+        chance = 1 / np.sqrt(np.maximum(self.arrays.times[[rare for _, rare, _ in others]], 1))
+        num = min(OTHERS, len(others))
+        drawn = rng.choice(len(others), num, replace=False, p=chance / chance.sum()) if num else []
+        takes = {others[i][0]: others[i][2] for i in drawn}  # of a sub-goal that is drawn twice the last
+        named = [self.game.experience_text(facts, self.game.sub_goals[i]) for i, facts in takes.items()]
         return ([self.game.experience_text(known[goal])] if goal in known else []) + named
 
     def worth_saying(self, i: int) -> int | None:

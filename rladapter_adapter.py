@@ -80,11 +80,11 @@ class SftArgs:
     """tokens of an analysis, at most; one that is cut off there ends with its last whole sentence"""
     sft_every: int = 4
     """phases between two fine-tunings of the adapter; 0: never"""
-    sft_data: Literal["best", "all", "hindsight", "experience"] = "best"
+    sft_data: Literal["best", "all", "hindsight", "experience", "plans"] = "best"
     """what the adapter is fine-tuned on, 512 pairs at most. best: analyses that (1) name a sub-goal (2) that the guide
     then advised, (3) in advice that won its trial; all: all analyses, as in the paper; hindsight: what the player did
-    next in situations where that paid; experience: the same, and what sub-goals were found to take. With these two it
-    says nothing before its first fine-tuning"""
+    next in situations where that paid; experience: the same, and what sub-goals were found to take; plans: the same,
+    and what is worth making on the spot for these. With these three it says nothing before its first fine-tuning"""
     sft_max_tokens: BigInt | None = None
     """tokens that a fine-tuning may read, the most telling examples first; default: what takes about 1e12
     floating-point operations, 150,000 for the tiny adapter, 930 (and no fewer than 8 pairs) for one of 135M"""
@@ -113,7 +113,7 @@ LIMITS = {
 }  # fmt: skip
 
 
-FROM_PLAY = "hindsight", "experience"  # --sft-data that need no analyses
+FROM_PLAY = "hindsight", "experience", "plans"  # --sft-data that need no analyses
 
 
 # --------------------------------------------------------------------------------------- the prompt

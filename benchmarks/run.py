@@ -92,6 +92,11 @@ VARIANTS = {
         "fine-tuning on what paid, and on what sub-goals were found to take",
         f"--sft-data experience {TUNED}",
     ),
+    "plans": Variant(
+        "plans",
+        "fine-tuning on the same as experience, and on what is worth making on the spot",
+        f"--sft-data plans {TUNED}",
+    ),
     "experience-no-score": Variant(
         "experience, no score",
         "experience, where the adapter is not told how well advice was understood",
@@ -125,6 +130,10 @@ VARIANTS = {
         "control: experience, where the advice is what the analysis says, no LLM",
         f"--sft-data experience {TUNED} --llm echo",
     ),
+    "echo-plans": Variant(
+        "no LLM, plans", "control: plans, where the advice is what the analysis says, no LLM",
+        f"--sft-data plans {TUNED} --llm echo",
+    ),
     "random-analyses": Variant(
         "random analyses", "control: a sentence that names random sub-goals, for the analysis", "--analyses random"
     ),
@@ -157,9 +166,9 @@ class Suite:
 
 # Of the suites with a guide that does not know the task
 WITH_ADAPTERS = (
-    "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "experience-no-score",
-    "experience-paper-score", "smollm2-no-sft", "smollm2-experience", "exchanged", "retrieved", "echo",
-    "random-analyses", "rules",
+    "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "plans",
+    "experience-no-score", "experience-paper-score", "smollm2-no-sft", "smollm2-experience", "exchanged", "retrieved",
+    "echo", "echo-plans", "random-analyses", "rules",
 )  # fmt: skip
 
 # The offline guide that believes in Minecraft
@@ -176,8 +185,8 @@ SUITES = {
     "adapter": Suite(WITH_ADAPTERS, f"{MINECRAFT} --total-timesteps 300000"),
     # Whether it still is where there is more time; without any guide that is of the suite main.
     "adapter-1m": Suite((
-        "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "exchanged", "retrieved", "echo",
-        "random-analyses", "rules",
+        "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "plans", "exchanged", "retrieved",
+        "echo", "echo-plans", "random-analyses", "rules",
     ), MINECRAFT),
     # The same with a real, small LLM: start the server first, docs/adapter.md says how.
     "llm": Suite(

@@ -161,8 +161,9 @@ class Game:
         """Finds the sub-goals that an analysis names, as `sub_goals_in_text`, and the facts that each is said to take.
 
         "To mine iron takes iron in view." says it, and after naming it "It takes iron in view.", as `experience_text`.
-        What must be near is a place to go to (`destinations`): who waits until it is near never goes. A sentence with
-        anything that is no fact, or with a fact and its contrary, is not heard.
+        What must be near is a place to go to (`destinations`): who waits until it is near never goes. Not so where the
+        sub-goal is about no thing. A sentence with anything that is no fact, or with a fact and its contrary, is not
+        heard.
         """
         heard: dict[int, tuple[str, ...]] = dict.fromkeys(self.sub_goals_in_text(text), ())
         named = None  # last
@@ -174,10 +175,20 @@ class Game:
                 if None in facts:
                     continue
                 texts = [("" if true else "not ") + self.facts[i] for i, true in facts]
-                texts = dict.fromkeys(self.destinations.get(text, text) for text in texts)
-                if not any(f"not {text}" in texts for text in texts):
-                    heard[named] = tuple(texts)
+                if not any(f"not {name}" in texts for text in texts for name in (text, self.destinations.get(text))):
+                    away = self.destinations if self.sub_goals[named] in self.things else {}
+                    heard[named] = tuple(dict.fromkeys(away.get(text, text) for text in texts))
         return heard
+
+    def added_up(self, facts: Iterable[int]) -> list[str]:
+        """Returns facts in words, each once, amounts of the same thing added up, as far as there is a fact for that."""
+        added: dict[str, int] = {}
+        for text in (self.facts[i] for i in facts):
+            name, _, number = text.partition(" >= ")
+            before, more = added.get(name, 0), int(number or 0)
+            both = before + more
+            added[name] = both if f"{name} >= {both}" in self.fact_numbers else max(before, more)
+        return [f"{name} >= {number}" if number else name for name, number in added.items()]
 
     @staticmethod
     def experience_text(facts: Iterable[str], sub_goal: str | None = None) -> str:

@@ -261,12 +261,75 @@ def test_experience_says_more_often_what_rarer_ones_take():
     tree, sleep, coal, iron = (GOAL[name] for name in ("chop tree", "sleep", "mine coal", "mine iron"))
     found.arrays.times[[tree, sleep, coal]] = 1600, 1600, 4
     known = {tree: ["dark"], sleep: ["dark"], coal: ["dark"]}
-    said = [found.experience(iron, known, np.random.default_rng(i)) for i in range(200)]
+    said = [found.experience(iron, known, [], np.random.default_rng(i)) for i in range(200)]
     assert all(len(sentences) == len(set(sentences)) == 2 for sentences in said)
     times = [sum(f"To {CRAFTER.sub_goals[i]} takes dark." in sentences for sentences in said) for i in (tree, coal)]
     assert times[0] < 0.7 * 200 and times[1] > 0.95 * 200
-    assert found.experience(coal, {}, np.random.default_rng(0)) == []
-    assert found.experience(coal, {coal: ["dark"]}, np.random.default_rng(0)) == ["It takes dark."]
+    assert found.experience(coal, {}, [], np.random.default_rng(0)) == []
+    assert found.experience(coal, {coal: ["dark"]}, [], np.random.default_rng(0)) == ["It takes dark."]
+
+
+def crafting():
+    """Tables and furnaces were placed; a table was near whenever a stone pickaxe was made, both for one of iron."""
+    found = Found(CRAFTER, 2)
+    arrays, steps = found.arrays, 1000
+    arrays.steps += steps
+    table, furnace = (GOAL[name] for name in ("place crafting table", "place furnace"))
+    takes = {
+        "place crafting table": ("wood >= 2",), "place furnace": ("stone >= 1",), "sleep": ("dark",),
+        "make stone pickaxe": ("table in reach", "wood >= 1", "stone >= 1"),
+        "make iron pickaxe": ("table in reach", "furnace in reach", "wood >= 1", "iron >= 1"),
+    }  # fmt: skip
+    brought = {
+        table: ("table in reach", "unlocked place table"), furnace: ("furnace in reach", "unlocked place furnace"),
+        GOAL["make iron pickaxe"]: ("unlocked make iron pickaxe",),
+    }  # fmt: skip
+    for name, facts in takes.items():
+        arrays.times[GOAL[name]] = arrays.followed[GOAL[name]] = 9
+        arrays.true_then[GOAL[name], [FACT[fact] for fact in facts]] = 9
+    for goal, facts in brought.items():
+        arrays.brought[goal, [FACT[fact] for fact in facts]] = 9
+    names = "iron >= 1", "furnace in reach", "table in reach", "stone >= 1", "wood >= 2", "wood >= 1"
+    for count, name in enumerate(names):  # the rarest first
+        arrays.together[FACT[name], FACT[name]] = 9 + count
+    return found
+
+
+def test_what_is_needed_near_is_made_on_the_spot():
+    """For what both take, amounts added up; as long as it is not here, and what it is for not done."""
+    plans = {(CRAFTER.sub_goals[p.maker], CRAFTER.sub_goals[p.goal]): p.takes for p in crafting().plans()}
+    assert plans == {
+        ("place crafting table", "make stone pickaxe"): ("wood >= 3", "stone >= 1", "not table in reach"),
+        ("place crafting table", "make iron pickaxe"): (
+            "wood >= 3", "iron >= 1", "furnace in reach", "not table in reach", "not unlocked make iron pickaxe"
+        ),
+        ("place furnace", "make iron pickaxe"): (
+            "stone >= 1", "iron >= 1", "table in reach", "wood >= 1", "not furnace in reach",
+            "not unlocked make iron pickaxe",
+        ),
+    }  # fmt: skip
+
+
+def test_plans_are_told_among_what_others_take_and_read_back():
+    found = crafting()
+    known, plans = found.takes(), found.plans()
+    told = set()
+    for i in range(100):
+        sentences = found.experience(GOAL["sleep"], known, plans, np.random.default_rng(i))
+        assert sentences[0] == "It takes dark." and len(sentences) <= 3
+        heard = CRAFTER.heard_in_text(" ".join([ra.suggestion(["sleep"]), *sentences]))
+        told |= {(CRAFTER.sub_goals[goal], takes) for goal, takes in heard.items()}
+    assert {(CRAFTER.sub_goals[plan.maker], plan.takes) for plan in plans} < told
+    for i in range(50):  # a sub-goal that is suggested is said to take one thing
+        sentences = found.experience(GOAL["place furnace"], known, plans, np.random.default_rng(i))
+        assert not any("To place furnace" in sentence for sentence in sentences)
+    assert found.plans()[0] and hindsight.Found(CRAFTER, 2).plans() == []
+
+
+def test_amounts_add_up_as_far_as_there_is_a_fact():
+    facts = ("wood >= 2", "dark", "wood >= 1", "energy >= 7", "energy >= 7", "coal >= 2", "coal >= 1", "dark")
+    added = CRAFTER.added_up(FACT[name] for name in facts)
+    assert added == ["wood >= 3", "dark", "energy >= 7", "coal >= 2"]
 
 
 def test_agreement():

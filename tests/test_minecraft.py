@@ -98,6 +98,21 @@ def test_what_is_done_is_not_done_again():
     assert "make wood pickaxe" not in advised(facts, {"make wood pickaxe": ("wood >= 1",)})
 
 
+def test_what_is_done_is_done_again_where_something_is_lacking():
+    takes = ("stone >= 1", "table in reach", "not furnace in reach", "not unlocked make iron pickaxe")
+    facts = ["unlocked place furnace", "stone >= 1"]
+    assert advised(facts, {"place furnace": takes})["place furnace"] == takes  # also where it does not hold yet
+    assert "place furnace" not in advised(facts, {"place furnace": ("stone >= 1", "not unlocked place furnace")})
+
+
+def test_what_is_made_on_the_spot_needs_what_is_near_and_goes_nowhere():
+    text = "To place furnace takes table in reach, not furnace in reach. To make iron pickaxe takes table in reach."
+    heard = {CRAFTER.sub_goals[i]: takes for i, takes in CRAFTER.heard_in_text(text).items()}
+    assert heard == {
+        "place furnace": ("table in reach", "not furnace in reach"), "make iron pickaxe": ("crafting table known",)
+    }  # fmt: skip
+
+
 def question(analysis, facts=("wood >= 2", "tree in view"), sample=0):
     situation = np.isin(FACTS, facts)
     asked = Question(np.zeros(3, np.uint8), situation, [], None, sample=sample, analysis=analysis)

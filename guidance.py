@@ -330,7 +330,7 @@ class HostTable:
         """Chooses at most MAX_ANALYSES (prompt, analysis) pairs to fine-tune the adapter on, the most telling first.
 
         all: every analysis, as in the reference, the latest first. best: those that named a sub-goal which the guide
-        then advised, in advice that has won its trial. hindsight, experience: of hindsight.py.
+        then advised, in advice that has won its trial. hindsight, experience, plans: of hindsight.py.
         """
         if sft_data in FROM_PLAY:
             return self.found.examples(sft_data, MAX_ANALYSES, self._prompts(env))

@@ -784,7 +784,8 @@ def check_args(args: Args) -> None:
         )
     if args.sft.analyses == "retrieved" and args.sft.sft_data not in rladapter_adapter.FROM_PLAY:
         raise ValueError(
-            f"--analyses retrieved: --sft-data {args.sft.sft_data} keeps no situations; choose hindsight or experience"
+            f"--analyses retrieved: --sft-data {args.sft.sft_data} keeps no situations; choose "
+            f"{' or '.join(rladapter_adapter.FROM_PLAY)}"
         )
     steps = args.updates_per_phase * args.num_steps
     if args.learns and args.sft.sft_data in rladapter_adapter.FROM_PLAY and steps < hindsight.HORIZON:

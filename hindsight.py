@@ -72,11 +72,10 @@ def usual(facts: np.ndarray, returns: np.ndarray) -> np.ndarray:
 
 
 class Plan(NamedTuple):
-    """What is made for a sub-goal, here, instead of going to it: basic sub-goals and a fact by their indices."""
+    """What one sub-goal makes on the spot for another one, instead of going to it, and what that takes, in facts."""
 
     maker: int
     goal: int
-    made: int
     takes: tuple[str, ...]
 
 
@@ -180,7 +179,7 @@ class Found:
                     if goal != maker and made in (needs := self._needs(goal)):
                         both = game.added_up([*self._needs(maker), *(i for i in needs if i != made)])
                         ends = [text for text in takes[goal][-1:] if text.startswith("not ")]
-                        plans.append(Plan(maker, goal, made, (*both, f"not {game.facts[made]}", *ends)))
+                        plans.append(Plan(maker, goal, (*both, f"not {game.facts[made]}", *ends)))
         return plans
 
     def _brought(self, goal: int) -> list[int]:

@@ -7,12 +7,15 @@
 *Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached and was paid for soon after (or
 reached, where none was paid for), where these steps paid more than is usual in such a situation: what is often reached
 needs no advice. *Experience*: what was so whenever a sub-goal was reached and paid for. *Plans*: what a sub-goal takes
-near, and another one brings, is made here instead of gone to. What is found out comes of what a player can see, of its
-rewards, and of nothing that the game's rules say. No LLM is asked.
+near, and another one brings, is made here instead of gone to; and what one takes that was not reached yet is guessed.
+What is found out comes of what a player can see, of its rewards, and of nothing that the game's rules say. No LLM is
+asked.
 
 M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of an observation.
 """
 
+import functools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -32,6 +35,7 @@ ALWAYS, OFTEN = 0.99, 0.7  # share of these times from which a fact counts as ne
 IMPLIED = 0.8  # share of the steps with a fact from which another one, true in these, adds nothing to it
 PAYS = 0.5  # reward of a step from which what was reached in it was paid for: an achievement brings 1
 OTHERS = 2  # sub-goals of which experience says what they take, beside the one that it suggests
+ALIKE = 2  # words that a sub-goal's name shares with that of another one from which is guessed what it takes
 MAX_FACTS = 5  # that a sentence says of what a sub-goal takes, the rarest ones
 
 
@@ -71,10 +75,15 @@ def usual(facts: np.ndarray, returns: np.ndarray) -> np.ndarray:
     return inputs @ weights
 
 
-class Plan(NamedTuple):
-    """What one sub-goal makes on the spot for another one, instead of going to it, and what that takes, in facts."""
+def thing_of(fact: str) -> str:
+    """Returns what a fact is about: "iron >= 1", "iron in view" -> "iron"."""
+    return re.split(" >= | in ", fact)[0]
 
-    maker: int
+
+class Plan(NamedTuple):
+    """What a sub-goal takes that is worth reaching for the sake of a goal: of another one, or of itself; in facts."""
+
+    sub_goal: int
     goal: int
     takes: tuple[str, ...]
 
@@ -158,29 +167,67 @@ class Found:
         """Finds the facts that were true whenever a sub-goal was reached and paid for, the rarest first."""
         arrays, true = self.arrays, self.arrays.together.diagonal()
         always = (arrays.true_then[goal] >= ALWAYS * arrays.times[goal]) & (true < OFTEN * max(arrays.steps, 1.0))
-        found: list[int] = []
-        for i in sorted(np.flatnonzero(always).tolist(), key=lambda i: (true[i], i)):
-            if not any(arrays.together[i, other] >= IMPLIED * true[other] for other in found):
-                found.append(i)
-        return [i for i in found if self.game.facts[i] not in self.game.doing][:MAX_FACTS]
+        return self._rarest(i for i in np.flatnonzero(always).tolist() if self.game.facts[i] not in self.game.doing)
 
-    def plans(self) -> list[Plan]:
+    def _rarest(self, facts: Iterable[int]) -> list[int]:
+        """Returns at most MAX_FACTS of these, the rarest first, and none that is mostly there with another of them."""
+        together, found = self.arrays.together, []
+        for i in sorted(facts, key=lambda i: (together[i, i], i)):
+            if not any(together[i, other] >= IMPLIED * together[other, other] for other in found):
+                found.append(i)
+        return found[:MAX_FACTS]
+
+    def plans(self, takes: dict[int, list[str]]) -> list[Plan]:
         """Returns what is worth making here, as another sub-goal takes it near: a furnace beside the table.
 
-        That takes what both take, amounts added up, but for what is made; and that it is not here yet. Makers are
+        That takes what both take, amounts added up, but for what is made; and that it is not here yet. It is made by
         sub-goals that are about no thing to go to.
         """
-        game, takes, plans = self.game, self.takes(), []
-        for maker in takes:
-            if game.sub_goals[maker] in game.things:
-                continue
-            for made in self._brought(maker):
-                for goal in takes if game.facts[made] in game.destinations else ():
-                    if goal != maker and made in (needs := self._needs(goal)):
-                        both = game.added_up([*self._needs(maker), *(i for i in needs if i != made)])
-                        ends = [text for text in takes[goal][-1:] if text.startswith("not ")]
-                        plans.append(Plan(maker, goal, (*both, f"not {game.facts[made]}", *ends)))
+        game, plans = self.game, []
+        for maker in (maker for maker in takes if game.sub_goals[maker] not in game.things):
+            for made in (game.facts[i] for i in self._brought(maker)):
+                for goal in takes if made in game.destinations else ():
+                    if goal != maker and made in takes[goal]:
+                        needed = [text for text in takes[maker] if not text.startswith("not ")]
+                        needed += [text for text in takes[goal] if not text.startswith("not ") and text != made]
+                        ends = [text for text in takes[goal] if text.startswith("not ")]
+                        plans.append(Plan(maker, goal, (*game.added_up(needed), f"not {made}", *ends)))
         return plans
+
+    def guesses(self, takes: dict[int, list[str]]) -> dict[int, list[str]]:
+        """Returns what sub-goals may take of which that is not known: as `takes`, whose value is given.
+
+        What the one that is named most alike takes, what is in the name, and what can be got or made and is of no known
+        use, unless another such sub-goal has it in its name.
+        """
+        game, guesses = self.game, {}
+        words = [set(name.split()) for name in game.basic_sub_goals]
+        unknown = [goal for goal in range(game.num_basic) if goal not in takes]
+        had = {i: thing_of(game.facts[i]) for goal in takes for i in self._brought(goal) if self._is_had(i)}
+        used = {text.partition(" >= ")[0] for texts in takes.values() for text in texts}  # also any amount of it
+        unused = {i for i in had if game.facts[i].partition(" >= ")[0] not in used}
+        for goal in unknown:
+            alike = max(takes, key=lambda i: (len(words[goal] & words[i]), -self.arrays.times[i]), default=goal)
+            new = words[goal] - words[alike]
+            if alike == goal or len(words[goal]) - len(new) < ALIKE:
+                continue
+            claimed = set().union(*(words[other] for other in unknown if other != goal))
+            more = {i for i, thing in had.items() if thing in new or (i in unused and thing not in claimed)}
+            if not new & self._things <= {had[i] for i in more}:
+                continue  # nobody has what it is about
+            needs = {game.fact_numbers[text] for text in takes[alike] if text in game.fact_numbers}
+            end = takes[alike][-1].replace(game.sub_goals[alike], game.sub_goals[goal])
+            ends = [end] if end.startswith("not ") and end not in takes[alike] else []
+            guesses[goal] = [game.facts[i] for i in self._rarest(needs | more)] + ends
+        return guesses
+
+    @functools.cached_property
+    def _things(self) -> set[str]:
+        return set(map(thing_of, self.game.facts))
+
+    def _is_had(self, fact: int) -> bool:
+        """Is a fact an amount of something, or that something is near?"""
+        return " >= " in self.game.facts[fact] or self.game.facts[fact] in self.game.destinations
 
     def _brought(self, goal: int) -> list[int]:
         """Finds the facts that became true whenever a sub-goal was reached and paid for, the most frequent first."""
@@ -208,7 +255,10 @@ class Found:
     def lessons(self, source: str, most: int) -> dict[int, str]:
         """Returns the analyses that would have been right in remembered situations; arguments as of `examples`."""
         known = {} if source == "hindsight" else self.takes()
-        plans = self.plans() if source == "plans" else []
+        plans = []
+        if source == "plans":
+            guesses = self.guesses(known)
+            plans = [Plan(i, i, tuple(texts)) for i, texts in guesses.items()] + self.plans(known | guesses)
         texts = {}
         for i in self.most_telling()[:most]:
             goal = self.worth_saying(i)
@@ -229,11 +279,11 @@ class Found:
     ) -> list[str]:
         """Returns sentences: what a sub-goal takes, if that is known, and what OTHERS drawn by rng take, or plans.
 
-        The rarer are drawn more often: what is often reached needs no advice. A plan is as rare as what it is for.
+        The rarer are drawn more often: what is often reached needs no advice. A plan is as rare as its goal.
         """
         others = [(i, i, known[i]) for i in known if i != goal]
-        others += [(plan.maker, plan.goal, plan.takes) for plan in plans if plan.maker != goal]
-        chance = 1 / np.sqrt(np.maximum(self.arrays.times[[rare for _, rare, _ in others]], 1))
+        others += [tuple(plan) for plan in plans if plan.sub_goal != goal]
+        chance = 1 / np.sqrt(np.maximum(self.arrays.times[[rare for _, rare, _ in others]], MIN_TIMES))
         num = min(OTHERS, len(others))
         drawn = rng.choice(len(others), num, replace=False, p=chance / chance.sum()) if num else []
         takes = {others[i][0]: others[i][2] for i in drawn}  # of a sub-goal that is drawn twice the last

@@ -180,10 +180,10 @@ class Game:
                     heard[named] = tuple(dict.fromkeys(away.get(text, text) for text in texts))
         return heard
 
-    def added_up(self, facts: Iterable[int]) -> list[str]:
-        """Returns facts in words, each once, amounts of the same thing added up, as far as there is a fact for that."""
+    def added_up(self, facts: Iterable[str]) -> list[str]:
+        """Returns facts, each once, amounts of the same thing added up, as far as there is a fact for that."""
         added: dict[str, int] = {}
-        for text in (self.facts[i] for i in facts):
+        for text in facts:
             name, _, number = text.partition(" >= ")
             before, more = added.get(name, 0), int(number or 0)
             both = before + more

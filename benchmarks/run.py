@@ -95,7 +95,7 @@ VARIANTS = {
     "plans": Variant(
         "plans",
         "fine-tuning on the same as experience, and on what is worth making on the spot",
-        f"--sft-data plans {TUNED}",
+        f"--sft-data plans --adapter-max-tokens 64 {TUNED}",
     ),
     "experience-no-score": Variant(
         "experience, no score",
@@ -132,7 +132,7 @@ VARIANTS = {
     ),
     "echo-plans": Variant(
         "no LLM, plans", "control: plans, where the advice is what the analysis says, no LLM",
-        f"--sft-data plans {TUNED} --llm echo",
+        f"--sft-data plans --adapter-max-tokens 64 {TUNED} --llm echo",
     ),
     "random-analyses": Variant(
         "random analyses", "control: a sentence that names random sub-goals, for the analysis", "--analyses random"

@@ -84,7 +84,7 @@ class SftArgs:
     """what the adapter is fine-tuned on, 512 pairs at most. best: analyses that (1) name a sub-goal (2) that the guide
     then advised, (3) in advice that won its trial; all: all analyses, as in the paper; hindsight: what the player did
     next in situations where that paid; experience: the same, and what sub-goals were found to take; plans: the same,
-    and what is worth making on the spot for these. With these three it says nothing before its first fine-tuning"""
+    and what to make on the spot for these, and guesses about the rest. The three say nothing before the first tuning"""
     sft_max_tokens: BigInt | None = None
     """tokens that a fine-tuning may read, the most telling examples first; default: what takes about 1e12
     floating-point operations, 150,000 for the tiny adapter, 930 (and no fewer than 8 pairs) for one of 135M"""

@@ -1470,11 +1470,11 @@ def test_an_adapter_that_is_to_tell_what_play_shows_says_nothing_before_it_is_tu
             yield adapter.waits, questions[0].analysis != ""
         adapter.save(tmp_path / "tuned")
 
-    for source in ("hindsight", "experience"):
+    for source in ("hindsight", "experience", "plans"):
         assert list(analyses(sft_data=source)) == [(True, False), (False, True)]
         assert list(analyses(sft_data=source, sft_every=0)) == [(False, True)] * 2  # it is never tuned
     assert list(analyses(sft_data="best")) == [(False, True)] * 2
-    assert capsys.readouterr().err.count("no analysis of this pause names") == 5  # once each, and none of who waits
+    assert capsys.readouterr().err.count("no analysis of this pause names") == 7  # once each, and none of who waits
     other = ra.make_adapter(ra.SftArgs(adapter=str(tmp_path / "tuned"), sft_data="experience"), 0, CRAFTER)
     assert not other.waits  # another run tuned it
     assert not ra.NoAdapter().waits

@@ -292,7 +292,7 @@ def crafting(iron_pickaxe=True, coal=False):
         arrays.brought[GOAL[name], [FACT[fact] for fact in facts]] = 9
     arrays.steps += 1000
     rarest = "iron >= 1", "furnace in reach", "table in reach", "coal >= 1", "stone >= 1", "wood >= 2", "wood >= 1"
-    for count, name in enumerate(rarest):
+    for count, name in enumerate((*rarest, "unlocked place table", "unlocked place furnace")):
         arrays.together[FACT[name], FACT[name]] = 9 + count
     return found
 
@@ -362,6 +362,22 @@ def test_plans_are_told_among_what_others_take_and_read_back():
         sentences = found.experience(GOAL["place furnace"], known, plans, np.random.default_rng(i))
         assert not any("To place furnace" in sentence for sentence in sentences)
     assert Found(CRAFTER, 2).plans({}) == []
+
+
+def test_only_plans_tell_plans_and_guesses(monkeypatch):
+    """And there are plans for what is guessed."""
+    monkeypatch.setattr(hindsight, "OTHERS", 99)
+    found = crafting(iron_pickaxe=False)
+    paying(found)
+    found.arrays.held[:] = False
+    (_, knows), *_ = found.examples("experience", 9, lambda obs, facts: str(obs))
+    (_, plans), *_ = found.examples("plans", 9, lambda obs, facts: str(obs))
+    assert knows.startswith("The most urgent sub-goal now is mine iron. It takes iron in view")
+    assert plans.startswith("The most urgent sub-goal now is mine iron. It takes iron in view")
+    assert "make iron pickaxe" not in knows and "not furnace in reach" not in knows
+    heard = {CRAFTER.sub_goals[goal]: takes for goal, takes in CRAFTER.heard_in_text(plans).items()}
+    assert heard["make iron pickaxe"][-1] == "not unlocked make iron pickaxe"
+    assert "not furnace in reach" in plans and "not table in reach" in plans
 
 
 def test_amounts_add_up_as_far_as_there_is_a_fact():

@@ -377,7 +377,7 @@ def test_only_plans_tell_plans_and_guesses(monkeypatch):
     assert "make iron pickaxe" not in knows and "not furnace in reach" not in knows
     heard = {CRAFTER.sub_goals[goal]: takes for goal, takes in CRAFTER.heard_in_text(plans).items()}
     assert heard["make iron pickaxe"][-1] == "not unlocked make iron pickaxe"
-    assert "not furnace in reach" in plans and "not table in reach" in plans
+    assert "not table in reach" in plans
 
 
 def test_amounts_add_up_as_far_as_there_is_a_fact():

@@ -18,8 +18,8 @@ from utils.report import NO_LLM
 
 FULL = "guided"  # the full method
 # The tuned adapters that others of the suites `adapter` and `llm` are compared with, and each one's untuned one.
-TUNED = {"experience": "no-sft", "smollm2-experience": "smollm2-no-sft"}
-NO_GUIDE = {"experience": "echo"}  # the same adapter, whose analyses are the advice
+TUNED = {"experience": "no-sft", "plans": "no-sft", "smollm2-experience": "smollm2-no-sft"}
+NO_GUIDE = {"experience": "echo", "plans": "echo-plans"}  # the same adapter, whose analyses are the advice
 SAID = ("no-adapter", "no-sft", "experience", "smollm2-no-sft", "smollm2-experience")  # what they said is shown
 UNGUIDED = ("none", "facts")
 COMPARED = {"episodic_return": "return", "score": "score", "training_score": "score in training"}
@@ -259,12 +259,14 @@ def claim_table(suites: dict[str, Results]) -> str:
     for results in suites.values():
         for tuned, untuned in ((t, u) for t, u in TUNED.items() if t in results):
             summary = next(iter(results[tuned].values()))["summary"]
-            row = [guide_of(summary), summary["adapter"].rpartition("/")[2], f"{summary['global_step'] / 1e6:.1g}M"]
+            row = [guide_of(summary), summary["adapter"].rpartition("/")[2], f"`{tuned.rpartition('-')[2]}`"]
+            row.append(f"{summary['global_step'] / 1e6:.1g}M")
             alone = NO_GUIDE.get(tuned, "")
             row += [shown(results[name]) if name in results else "" for name in ("no-adapter", untuned, tuned, alone)]
             leads = [(lead(results, name, "episodic_return", tuned), name) for name in (untuned, "no-adapter", alone)]
             rows.append([*row, *(f"{text} ({seeds(results, tuned, name)})" if text else "" for text, name in leads)])
-    header = ["Guide", "Adapter", "env steps", "return / score: no adapter", "untuned", "tuned", "tuned, nobody asked"]
+    header = ["Guide", "Adapter", "tuned on", "env steps", "return / score: no adapter", "untuned", "tuned"]
+    header.append("tuned, nobody asked")
     header += ["return: tuned minus untuned [95 %] (seeds)", "minus no adapter", "minus nobody asked"]
     return markdown(header, rows) if rows else "not measured"
 
@@ -311,10 +313,10 @@ def advice_table(results: Results) -> str:
 
 def ahead_table(results: Results, tuned: str) -> str:
     """What a tuned adapter's results are ahead of all others, adapters of another kind left out; "": of none."""
-    left_out = {*TUNED, *TUNED.values()} - {TUNED[tuned]}
+    others = {name for pair in TUNED.items() if pair[1] != TUNED[tuned] for name in pair}
     rows = []
     for name in results:
-        if name not in left_out and (both := seeds(results, tuned, name)):
+        if name not in others | {tuned} and (both := seeds(results, tuned, name)):
             rows.append([f"`{name}`", str(both), *[lead(results, name, key, tuned) for key in COMPARED]])
     header = [f"`{tuned}` minus", "seeds", *[f"{name} [95 %]" for name in COMPARED.values()]]
     return markdown(header, rows) if rows else ""

@@ -571,7 +571,7 @@ def test_the_table_of_the_adapter_compares_the_tuned_one_by_seed_with_all_others
             run_result["summary"] |= {"adapter": "assets/tiny"}
     claim = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
              tables.claim_table({"adapter": others, "llm": {}}).splitlines()[2:]]  # fmt: skip
-    start = ["rules (no LLM)", "tiny", claim[0][2], "1.5 / 3 %", "3.0 / 6 %", "6.0 / 12 %"]
+    start = ["rules (no LLM)", "tiny", "`experience`", claim[0][3], "1.5 / 3 %", "3.0 / 6 %", "6.0 / 12 %"]
     leads = ["+1.00 (1)", "+3.50 [-2.85, +9.85] (2)"]
     assert claim == [[*start, "6.0 / 12 %", *leads, "+2.00 (1)"], [*start, "", *leads, ""]]  # of both tuned adapters
     assert tables.claim_table({"adapter": {}}) == "not measured"

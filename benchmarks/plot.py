@@ -41,11 +41,11 @@ RETURN, SCORE = "return", "score, %"
 # Whose own colour would be taken in a figure of COMPARED
 COLOURS = {
     "no-sft": "tab:green", "retrieved": "tab:purple", "echo": "tab:brown", "rules": "0.3",
-    "smollm2-no-sft": "tab:olive", "smollm2-experience": "tab:pink",
+    "smollm2-no-sft": "tab:olive", "smollm2-experience": "tab:pink", "plans": "navy", "echo-plans": "gold",
 }  # fmt: skip
 COMPARED = (  # where the guide knows little
-    "none", "facts", "no-adapter", "no-sft", "experience", "smollm2-no-sft", "smollm2-experience", "retrieved", "echo",
-    "rules",
+    "none", "facts", "no-adapter", "no-sft", "experience", "plans", "smollm2-no-sft", "smollm2-experience",
+    "retrieved", "echo", "echo-plans", "rules",
 )  # fmt: skip
 OURS = ("env, our resets", "rollout", "unguided", "guided", "guided, no adapter", "same work, ours")
 

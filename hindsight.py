@@ -16,7 +16,6 @@ M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of
 
 import functools
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -195,24 +194,6 @@ class Found:
                         plans.append(Plan(maker, goal, (*game.added_up(needed), f"not {made}", *ends)))
         return plans
 
-    def stocked_up(self, takes: dict[int, list[str]]) -> dict[int, list[str]]:
-        """Returns `takes` where what brings an amount ends with what all take of it together, each once, as far as
-        there is a fact: who is to make seven things of wood need not go back to the trees for each."""
-        game, total = self.game, Counter()
-        for name, _, number in (text.partition(" >= ") for texts in takes.values() for text in texts):
-            if number and not name.startswith("not "):
-                total[name] += int(number)
-        most: dict[str, int] = {}
-        for name, _, number in (fact.partition(" >= ") for fact in game.facts):
-            if number and int(number) <= total[name]:
-                most[name] = max(most.get(name, 0), int(number))
-        stocked = {}
-        for goal, texts in takes.items():
-            name = texts[-1].removeprefix("not ").partition(" >= ")[0]
-            ends_in_amount = texts[-1].startswith("not ") and name in most
-            stocked[goal] = [*texts[:-1], f"not {name} >= {most[name]}"] if ends_in_amount else texts
-        return stocked
-
     def guesses(self, takes: dict[int, list[str]]) -> dict[int, list[str]]:
         """Returns what sub-goals may take of which that is not known: as `takes`, whose value is given.
 
@@ -278,7 +259,6 @@ class Found:
         if source == "plans":
             guesses = self.guesses(known)
             plans = [Plan(i, i, tuple(texts)) for i, texts in guesses.items()] + self.plans(known | guesses)
-            known = {i: texts for i, texts in self.stocked_up(known | guesses).items() if i in known}
         texts = {}
         for i in self.most_telling()[:most]:
             goal = self.worth_saying(i)

@@ -316,20 +316,6 @@ def test_what_is_needed_near_is_made_on_the_spot():
     }  # fmt: skip
 
 
-def test_who_gets_something_stops_at_what_all_take_of_it_together():
-    takes = {
-        "chop tree": ["tree in view", "not wood >= 2"], "place crafting table": ["wood >= 2", "not dark"],
-        "make wood pickaxe": ["energy >= 7", "wood >= 1", "not unlocked make wood pickaxe"], "mine iron": ["dark"],
-        "make wood sword": ["energy >= 7", "wood >= 2", "not unlocked make wood sword"], "sleep": ["not energy >= 7"],
-        "mine coal": ["coal in view", "not coal >= 1"], "make iron sword": ["coal >= 1"] * 3,
-    }  # fmt: skip
-    found = Found(CRAFTER, 2)
-    stocked = named(found.stocked_up({GOAL[name]: texts for name, texts in takes.items()}))
-    told = {"chop tree": ["tree in view", "not wood >= 4"], "mine coal": ["coal in view", "not coal >= 2"]}
-    assert stocked == takes | told  # five of wood and three of coal would be no facts
-    assert found.stocked_up({}) == {}
-
-
 def named(guesses):
     return {CRAFTER.sub_goals[goal]: takes for goal, takes in guesses.items()}
 

@@ -80,6 +80,11 @@ def thing_of(fact: str) -> str:
     return re.split(" >= | in ", fact)[0]
 
 
+def can_hold(facts: Sequence[str]) -> bool:
+    """Says whether no fact stands beside its contrary."""
+    return not any(f"not {fact}" in facts for fact in facts)
+
+
 class Plan(NamedTuple):
     """What a sub-goal takes that is worth reaching for the sake of a goal: of another one, or of itself; in facts."""
 
@@ -192,7 +197,7 @@ class Found:
                         needed += [text for text in takes[goal] if not text.startswith("not ") and text != made]
                         ends = [text for text in takes[goal] if text.startswith("not ")]
                         plans.append(Plan(maker, goal, (*game.added_up(needed), f"not {made}", *ends)))
-        return plans
+        return [plan for plan in plans if can_hold(plan.takes)]
 
     def guesses(self, takes: dict[int, list[str]]) -> dict[int, list[str]]:
         """Returns what sub-goals may take of which that is not known: as `takes`, whose value is given.
@@ -219,7 +224,7 @@ class Found:
             end = takes[alike][-1].replace(game.sub_goals[alike], game.sub_goals[goal])
             ends = [end] if end.startswith("not ") and end not in takes[alike] else []
             guesses[goal] = [game.facts[i] for i in self._rarest(needs | more)] + ends
-        return guesses
+        return {goal: texts for goal, texts in guesses.items() if texts and can_hold(texts)}
 
     @functools.cached_property
     def _things(self) -> set[str]:

@@ -316,6 +316,17 @@ def test_what_is_needed_near_is_made_on_the_spot():
     }  # fmt: skip
 
 
+def test_what_can_never_hold_is_told_nobody():
+    found = crafting()
+    takes = {GOAL["place crafting table"]: ["wood >= 2"], GOAL["make wood sword"]: ["table in reach", "wood >= 1"]}
+    (plan,) = found.plans(takes)
+    assert plan.takes == ("wood >= 3", "not table in reach")
+    takes[GOAL["make wood sword"]].append("not wood >= 3")
+    assert found.plans(takes) == []
+    takes = {GOAL["make stone pickaxe"]: ["unlocked make stone sword", "not unlocked make stone pickaxe"]}
+    assert found.guesses(takes) == {}  # a sword that is to be made only by those who have one
+
+
 def named(guesses):
     return {CRAFTER.sub_goals[goal]: takes for goal, takes in guesses.items()}
 

@@ -7,9 +7,9 @@
 *Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached and was paid for soon after (or
 reached, where none was paid for), where these steps paid more than is usual in such a situation: what is often reached
 needs no advice. *Experience*: what was so whenever a sub-goal was reached and paid for. *Plans*: what a sub-goal takes
-near, and another one brings, is made here instead of gone to; and what one takes that was not reached yet is guessed.
-What is found out comes of what a player can see, of its rewards, and of nothing that the game's rules say. No LLM is
-asked.
+near, and another one brings, is made here instead of gone to; and what one takes that was hardly reached yet is
+guessed. What is found out comes of what a player can see and of its rewards; plans and guesses also of names, and of
+what a player has to go to (`Game.things`, `Game.destinations`). Nothing comes of the game's rules. No LLM is asked.
 
 M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of an observation.
 """
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from advice import possible_sub_goals
-from envs.game import Game
+from envs.game import Game, can_hold
 from rladapter_adapter import suggestion
 
 HORIZON = 64  # steps that are looked ahead: what was reached, what it paid
@@ -78,11 +78,6 @@ def usual(facts: np.ndarray, returns: np.ndarray) -> np.ndarray:
 def thing_of(fact: str) -> str:
     """Returns what a fact is about: "iron >= 1", "iron in view" -> "iron"."""
     return re.split(" >= | in ", fact)[0]
-
-
-def can_hold(facts: Sequence[str]) -> bool:
-    """Says whether no fact stands beside its contrary."""
-    return not any(f"not {fact}" in facts for fact in facts)
 
 
 class Plan(NamedTuple):
@@ -172,7 +167,7 @@ class Found:
         """Finds the facts that were true whenever a sub-goal was reached and paid for, the rarest first."""
         arrays, true = self.arrays, self.arrays.together.diagonal()
         always = (arrays.true_then[goal] >= ALWAYS * arrays.times[goal]) & (true < OFTEN * max(arrays.steps, 1.0))
-        return self._rarest(i for i in np.flatnonzero(always).tolist() if self.game.facts[i] not in self.game.doing)
+        return self._rarest(np.flatnonzero(always).tolist())
 
     def _rarest(self, facts: Iterable[int]) -> list[int]:
         """Returns at most MAX_FACTS of these, the rarest first, and none that is mostly there with another of them."""
@@ -180,7 +175,7 @@ class Found:
         for i in sorted(facts, key=lambda i: (together[i, i], i)):
             if not any(together[i, other] >= IMPLIED * together[other, other] for other in found):
                 found.append(i)
-        return found[:MAX_FACTS]
+        return [i for i in found if self.game.facts[i] not in self.game.doing][:MAX_FACTS]
 
     def plans(self, takes: dict[int, list[str]]) -> list[Plan]:
         """Returns what is worth making here, as another sub-goal takes it near: a furnace beside the table.
@@ -190,13 +185,12 @@ class Found:
         """
         game, plans = self.game, []
         for maker in (maker for maker in takes if game.sub_goals[maker] not in game.things):
-            for made in (game.facts[i] for i in self._brought(maker)):
-                for goal in takes if made in game.destinations else ():
-                    if goal != maker and made in takes[goal]:
-                        needed = [text for text in takes[maker] if not text.startswith("not ")]
-                        needed += [text for text in takes[goal] if not text.startswith("not ") and text != made]
-                        ends = [text for text in takes[goal] if text.startswith("not ")]
-                        plans.append(Plan(maker, goal, (*game.added_up(needed), f"not {made}", *ends)))
+            for made in (game.facts[i] for i in self._brought(maker) if game.facts[i] in game.destinations):
+                for goal in (goal for goal in takes if made in takes[goal]):
+                    needed = [text for text in takes[maker] if not text.startswith("not ")]
+                    needed += [text for text in takes[goal] if not text.startswith("not ") and text != made]
+                    ends = [text for text in takes[goal] if text.startswith("not ")]
+                    plans.append(Plan(maker, goal, (*game.added_up(needed), f"not {made}", *ends)))
         return [plan for plan in plans if can_hold(plan.takes)]
 
     def guesses(self, takes: dict[int, list[str]]) -> dict[int, list[str]]:
@@ -206,7 +200,7 @@ class Found:
         use, unless another such sub-goal has it in its name.
         """
         game, guesses = self.game, {}
-        words = [set(name.split()) for name in game.basic_sub_goals]
+        words = [set(game.normalise(name).split()) for name in game.basic_sub_goals]
         unknown = [goal for goal in range(game.num_basic) if goal not in takes]
         had = {i: thing_of(game.facts[i]) for goal in takes for i in self._brought(goal) if self._is_had(i)}
         used = {text.partition(" >= ")[0] for texts in takes.values() for text in texts}  # also any amount of it
@@ -222,7 +216,7 @@ class Found:
                 continue  # nobody has what it is about
             needs = {game.fact_numbers[text] for text in takes[alike] if text in game.fact_numbers}
             end = takes[alike][-1].replace(game.sub_goals[alike], game.sub_goals[goal])
-            ends = [end] if end.startswith("not ") and end not in takes[alike] else []
+            ends = [end] if end not in takes[alike] and end.removeprefix("not ") in game.fact_numbers else []
             guesses[goal] = [game.facts[i] for i in self._rarest(needs | more)] + ends
         return {goal: texts for goal, texts in guesses.items() if texts and can_hold(texts)}
 
@@ -250,7 +244,7 @@ class Found:
 
         Args:
             source: hindsight; experience, which also says what this sub-goal takes, and what some others do; or plans,
-                which also says what to make for some of these
+                which also says what to make on the spot for some of these, and guesses
             most: pairs
             prompt_of: the adapter's prompt for obs (O,) and facts (P,)
         """
@@ -260,16 +254,15 @@ class Found:
     def lessons(self, source: str, most: int) -> dict[int, str]:
         """Returns the analyses that would have been right in remembered situations; arguments as of `examples`."""
         known = {} if source == "hindsight" else self.takes()
-        plans = []
-        if source == "plans":
-            guesses = self.guesses(known)
-            plans = [Plan(i, i, tuple(texts)) for i, texts in guesses.items()] + self.plans(known | guesses)
+        guesses = self.guesses(known) if source == "plans" else {}
+        told = [Plan(i, i, tuple(texts)) for i, texts in (known | guesses).items()]
+        told += self.plans(known | guesses) if source == "plans" else []
         texts = {}
         for i in self.most_telling()[:most]:
             goal = self.worth_saying(i)
-            texts[i] = suggestion([self.game.sub_goals[goal]])
-            if source != "hindsight":
-                texts[i] = " ".join([texts[i], *self.experience(goal, known, plans, np.random.default_rng(i))])
+            said = [suggestion([self.game.sub_goals[goal]])]
+            said += [self.game.experience_text(known[goal])] if goal in known else []
+            texts[i] = " ".join([*said, *self.of_others(goal, told, np.random.default_rng(i))])
         return texts
 
     def retrieved(self, facts: np.ndarray, lessons: Mapping[int, str]) -> list[str]:
@@ -279,21 +272,17 @@ class Found:
         apart = (facts[:, None] != self.arrays.facts[list(lessons)]).sum(-1)  # (M, lessons)
         return [list(lessons.values())[i] for i in apart.argmin(1)]
 
-    def experience(
-        self, goal: int, known: dict[int, list[str]], plans: list[Plan], rng: np.random.Generator
-    ) -> list[str]:
-        """Returns sentences: what a sub-goal takes, if that is known, and what OTHERS drawn by rng take, or plans.
+    def of_others(self, goal: int, told: list[Plan], rng: np.random.Generator) -> list[str]:
+        """Returns sentences: what OTHERS that are drawn by rng from what can be told take, none of them this sub-goal.
 
-        The rarer are drawn more often: what is often reached needs no advice. A plan is as rare as its goal.
+        Those with the rarer goals are drawn more often: what is often reached needs no advice.
         """
-        others = [(i, i, known[i]) for i in known if i != goal]
-        others += [tuple(plan) for plan in plans if plan.sub_goal != goal]
-        chance = 1 / np.sqrt(np.maximum(self.arrays.times[[rare for _, rare, _ in others]], MIN_TIMES))
-        num = min(OTHERS, len(others))
-        drawn = rng.choice(len(others), num, replace=False, p=chance / chance.sum()) if num else []
-        takes = {others[i][0]: others[i][2] for i in drawn}  # of a sub-goal that is drawn twice the last
-        named = [self.game.experience_text(facts, self.game.sub_goals[i]) for i, facts in takes.items()]
-        return ([self.game.experience_text(known[goal])] if goal in known else []) + named
+        told = [plan for plan in told if plan.sub_goal != goal]
+        chance = 1 / np.sqrt(np.maximum(self.arrays.times[[plan.goal for plan in told]], MIN_TIMES))
+        num = min(OTHERS, len(told))
+        drawn = rng.choice(len(told), num, replace=False, p=chance / chance.sum()) if num else []
+        takes = {told[i].sub_goal: told[i].takes for i in drawn}  # of a sub-goal that is drawn twice the last
+        return [self.game.experience_text(facts, self.game.sub_goals[i]) for i, facts in takes.items()]
 
     def worth_saying(self, i: int) -> int | None:
         """Returns the rarest sub-goal that was paid for after a situation; where none was, that was reached."""

@@ -20,7 +20,7 @@ FULL = "guided"  # the full method
 # The tuned adapters that others of the suites `adapter` and `llm` are compared with, and each one's untuned one.
 TUNED = {"experience": "no-sft", "plans": "no-sft", "smollm2-experience": "smollm2-no-sft"}
 NO_GUIDE = {"experience": "echo", "plans": "echo-plans"}  # the same adapter, whose analyses are the advice
-SAID = ("no-adapter", "no-sft", "experience", "smollm2-no-sft", "smollm2-experience")  # what they said is shown
+SAID = ("no-adapter", "no-sft", "experience", "plans", "smollm2-no-sft", "smollm2-experience")  # said is shown
 UNGUIDED = ("none", "facts")
 COMPARED = {"episodic_return": "return", "score": "score", "training_score": "score in training"}
 ADVICE = {  # of `Result`

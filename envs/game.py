@@ -175,20 +175,25 @@ class Game:
                 if None in facts:
                     continue
                 texts = [("" if true else "not ") + self.facts[i] for i, true in facts]
-                if not any(f"not {name}" in texts for text in texts for name in (text, self.destinations.get(text))):
+                if can_hold([*texts, *(self.destinations.get(text, text) for text in texts)]):
                     away = self.destinations if self.sub_goals[named] in self.things else {}
                     heard[named] = tuple(dict.fromkeys(away.get(text, text) for text in texts))
         return heard
 
     def added_up(self, facts: Iterable[str]) -> list[str]:
-        """Returns facts, each once, amounts of the same thing added up, as far as there is a fact for that."""
-        added: dict[str, int] = {}
+        """Returns facts, each once, amounts of the same thing added up: the largest up to the sum that is a fact."""
+        amounts: dict[str, list[int]] = {}  # no numbers of what is no amount
         for text in facts:
             name, _, number = text.partition(" >= ")
-            before, more = added.get(name, 0), int(number or 0)
-            both = before + more
-            added[name] = both if f"{name} >= {both}" in self.fact_numbers else max(before, more)
-        return [f"{name} >= {number}" if number else name for name, number in added.items()]
+            if number.isdigit():
+                amounts.setdefault(name, []).append(int(number))
+            else:
+                amounts.setdefault(text, [])
+        return [self._largest(name, numbers) if numbers else name for name, numbers in amounts.items()]
+
+    def _largest(self, name: str, numbers: Sequence[int]) -> str:
+        more = (f"{name} >= {number}" for number in range(sum(numbers), max(numbers), -1))
+        return next((text for text in more if text in self.fact_numbers), f"{name} >= {max(numbers)}")
 
     @staticmethod
     def experience_text(facts: Iterable[str], sub_goal: str | None = None) -> str:
@@ -211,3 +216,8 @@ class Game:
 def holds(truths: Mapping[str, bool], reasons: Iterable[str]) -> bool:
     """Says whether each of these facts is as it is said to be; "not " stands in front of a false one."""
     return all(truths[text.removeprefix("not ")] != text.startswith("not ") for text in reasons)
+
+
+def can_hold(reasons: Sequence[str]) -> bool:
+    """Says whether no fact stands beside its contrary."""
+    return not any(f"not {text}" in reasons for text in reasons)

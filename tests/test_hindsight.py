@@ -1,6 +1,7 @@
 """What RL finds out: what came of situations, what sub-goals take, examples, agreement."""
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ import rladapter_adapter as ra
 import rladapter_ppo as rl
 from envs.crafter import CRAFTER
 from envs.crafter.vocabulary import FACTS, NUM_BASIC
-from hindsight import HORIZON, Found, look_ahead, usual
+from hindsight import HORIZON, Found, Plan, look_ahead, usual
 from llm_client import Question
 
 GOAL, FACT = CRAFTER.sub_goal_numbers, CRAFTER.fact_numbers
@@ -261,12 +262,16 @@ def test_experience_says_more_often_what_rarer_ones_take():
     tree, sleep, coal, iron = (GOAL[name] for name in ("chop tree", "sleep", "mine coal", "mine iron"))
     found.arrays.times[[tree, sleep, coal]] = 1600, 1600, 4
     known = {tree: ["dark"], sleep: ["dark"], coal: ["dark"]}
-    said = [found.experience(iron, known, [], np.random.default_rng(i)) for i in range(200)]
+    known = [Plan(goal, goal, tuple(facts)) for goal, facts in known.items()]
+    said = [found.of_others(iron, known, np.random.default_rng(i)) for i in range(200)]
     assert all(len(sentences) == len(set(sentences)) == 2 for sentences in said)
     times = [sum(f"To {CRAFTER.sub_goals[i]} takes dark." in sentences for sentences in said) for i in (tree, coal)]
     assert times[0] < 0.7 * 200 and times[1] > 0.95 * 200
-    assert found.experience(coal, {}, [], np.random.default_rng(0)) == []
-    assert found.experience(coal, {coal: ["dark"]}, [], np.random.default_rng(0)) == ["It takes dark."]
+    assert found.of_others(coal, [], np.random.default_rng(0)) == []
+    assert found.of_others(coal, [Plan(coal, tree, ("dark",))], np.random.default_rng(0)) == []
+    told = [Plan(tree, coal, ("dark",)), Plan(coal, tree, ("dark",)), Plan(sleep, tree, ("dark",))]
+    said = [found.of_others(iron, told, np.random.default_rng(i)) for i in range(200)]  # a plan is as rare as its goal
+    assert sum("To chop tree takes dark." in sentences for sentences in said) > 0.95 * 200
 
 
 def crafting(iron_pickaxe=True, coal=False):
@@ -361,18 +366,28 @@ def test_what_is_in_the_name_of_another_sub_goal_is_for_that():
 
 def test_plans_are_told_among_what_others_take_and_read_back():
     found = crafting()
-    known, told = found.takes(), set()
-    plans = found.plans(known)
+    known = found.takes()
+    plans, told = found.plans(known), set()
     for i in range(100):
-        sentences = found.experience(GOAL["sleep"], known, plans, np.random.default_rng(i))
-        assert sentences[0] == "It takes dark." and len(sentences) <= 3
-        heard = CRAFTER.heard_in_text(" ".join([ra.suggestion(["sleep"]), *sentences]))
-        told |= {(CRAFTER.sub_goals[goal], takes) for goal, takes in heard.items()}
-    assert {(CRAFTER.sub_goals[plan.sub_goal], plan.takes) for plan in plans} < told
+        sentences = found.of_others(
+            GOAL["sleep"], [Plan(*2 * [GOAL["mine iron"]], ("dark",)), *plans], np.random.default_rng(i)
+        )
+        assert 1 <= len(sentences) <= 2
+        told |= {(goal, takes) for goal, takes in CRAFTER.heard_in_text(" ".join(sentences)).items()}
+    assert {(plan.sub_goal, plan.takes) for plan in plans} < told
     for i in range(50):  # a sub-goal that is suggested is said to take one thing
-        sentences = found.experience(GOAL["place furnace"], known, plans, np.random.default_rng(i))
+        sentences = found.of_others(GOAL["place furnace"], plans, np.random.default_rng(i))
         assert not any("To place furnace" in sentence for sentence in sentences)
     assert Found(CRAFTER, 2).plans({}) == []
+
+
+def test_a_plan_makes_what_is_near_and_no_amount_and_is_made_here():
+    found = crafting()
+    plant, grass, coal = GOAL["place plant"], GOAL["chop grass"], GOAL["mine coal"]
+    found.arrays.brought[grass, FACT["sapling >= 1"]] = found.arrays.brought[coal, FACT["coal in view"]] = 9
+    found.arrays.followed[[grass, coal]] = 9
+    takes = {grass: ["dark"], coal: ["dark"], plant: ["sapling >= 1", "coal in view"]}
+    assert found.plans(takes) == []  # a sapling is got, and coal is a thing to go to
 
 
 def test_only_plans_tell_plans_and_guesses(monkeypatch):
@@ -392,8 +407,10 @@ def test_only_plans_tell_plans_and_guesses(monkeypatch):
 
 
 def test_amounts_add_up_as_far_as_there_is_a_fact():
-    facts = ("wood >= 2", "dark", "wood >= 1", "energy >= 7", "energy >= 7", "coal >= 2", "coal >= 1", "dark")
+    facts = ("wood >= 2", "dark", "wood >= 1", "energy >= 7", "energy >= 7", "coal >= 1", "coal >= 2", "dark")
     assert CRAFTER.added_up(facts) == ["wood >= 3", "dark", "energy >= 7", "coal >= 2"]
+    for numbers in itertools.permutations((2, 2, 1)):  # five of wood is no fact
+        assert CRAFTER.added_up(f"wood >= {number}" for number in numbers) == ["wood >= 4"]
 
 
 def test_agreement():

@@ -393,9 +393,10 @@ class Checkpoints:
         """
         start = quiet_since = time.monotonic()
         while time.monotonic() < min(quiet_since + still, start + at_most):
-            for half in (self.folder / "checkpoints").glob("[0-9]*.*"):
+            for half in (self.folder / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
-                quiet_since = time.monotonic()
+                if not half.exists():
+                    quiet_since = time.monotonic()
             time.sleep(still / 10)
 
     def restore(self, arrays: Any, situations: dict[str, np.ndarray]) -> tuple[int, Any, Any, dict[str, Any]]:

@@ -94,7 +94,7 @@ VARIANTS = {
     ),
     "plans": Variant(
         "plans",
-        "fine-tuning on the same as experience, and on what is worth making on the spot",
+        "fine-tuning on the same as experience, and on plans and guesses",
         f"--sft-data plans --adapter-max-tokens 64 {TUNED}",
     ),
     "experience-no-score": Variant(

@@ -127,7 +127,7 @@ def plot_ablations(results: Results, path: Path) -> bool:
 
 
 def plot_guide(suite: str, _: Results, path: Path) -> bool:
-    """Learning curves with a guide that does not know the game, of the suite `llm` or `adapter`."""
+    """Learning curves with a guide that does not know the game, of the suite `llm`, `adapter` or `adapter-1m`."""
     return plot_curves({name: runs for name, runs in with_unguided(suite).items() if name in COMPARED}, path)
 
 
@@ -305,6 +305,7 @@ FIGURES = {
     "results_aggregate.png": plot_aggregate,
     "results_llm.png": partial(plot_guide, "llm"),
     "results_guide.png": partial(plot_guide, "adapter"),
+    "results_guide_1m.png": partial(plot_guide, "adapter-1m"),
     "speed.png": plot_speed,
 }
 

@@ -14,7 +14,6 @@ what a player has to go to (`Game.things`, `Game.destinations`). Nothing comes o
 M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of an observation.
 """
 
-import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
@@ -187,10 +186,9 @@ class Found:
         for maker in (maker for maker in takes if game.sub_goals[maker] not in game.things):
             for made in (game.facts[i] for i in self._brought(maker) if game.facts[i] in game.destinations):
                 for goal in (goal for goal in takes if made in takes[goal]):
-                    needed = [text for text in takes[maker] if not text.startswith("not ")]
-                    needed += [text for text in takes[goal] if not text.startswith("not ") and text != made]
+                    both = [text for text in takes[maker] + takes[goal] if not text.startswith("not ") and text != made]
                     ends = [text for text in takes[goal] if text.startswith("not ")]
-                    plans.append(Plan(maker, goal, (*game.added_up(needed), f"not {made}", *ends)))
+                    plans.append(Plan(maker, goal, (*game.added_up(both), f"not {made}", *ends)))
         return [plan for plan in plans if can_hold(plan.takes)]
 
     def guesses(self, takes: dict[int, list[str]]) -> dict[int, list[str]]:
@@ -201,6 +199,7 @@ class Found:
         """
         game, guesses = self.game, {}
         words = [set(game.normalise(name).split()) for name in game.basic_sub_goals]
+        things = {thing_of(text) for text in game.facts}
         unknown = [goal for goal in range(game.num_basic) if goal not in takes]
         had = {i: thing_of(game.facts[i]) for goal in takes for i in self._brought(goal) if self._is_had(i)}
         used = {text.partition(" >= ")[0] for texts in takes.values() for text in texts}  # also any amount of it
@@ -212,17 +211,13 @@ class Found:
                 continue
             claimed = set().union(*(words[other] for other in unknown if other != goal))
             more = {i for i, thing in had.items() if thing in new or (i in unused and thing not in claimed)}
-            if not new & self._things <= {had[i] for i in more}:
+            if not new & things <= {had[i] for i in more}:
                 continue  # nobody has what it is about
             needs = {game.fact_numbers[text] for text in takes[alike] if text in game.fact_numbers}
             end = takes[alike][-1].replace(game.sub_goals[alike], game.sub_goals[goal])
             ends = [end] if end not in takes[alike] and end.removeprefix("not ") in game.fact_numbers else []
             guesses[goal] = [game.facts[i] for i in self._rarest(needs | more)] + ends
         return {goal: texts for goal, texts in guesses.items() if texts and can_hold(texts)}
-
-    @functools.cached_property
-    def _things(self) -> set[str]:
-        return set(map(thing_of, self.game.facts))
 
     def _is_had(self, fact: int) -> bool:
         """Is a fact an amount of something, or that something is near?"""

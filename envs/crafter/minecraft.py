@@ -36,7 +36,7 @@ BELIEFS = (
 )
 # What of that says why and when something is wanted; the rest says what it is believed to take.
 WHY = ("food low", "dark")
-UNLOCKED = "unlocked "
+DONE = "not unlocked "  # what is done once
 
 
 def advise(truths: dict[str, bool], named: Heard) -> Advice:
@@ -51,8 +51,8 @@ def advise(truths: dict[str, bool], named: Heard) -> Advice:
     beliefs, told = dict(BELIEFS), {}
     for sub_goal, takes in ((BASIC_SUB_GOALS[i], takes) for i, takes in named.items()):
         why = [reason for reason in beliefs.get(sub_goal, ()) if reason.startswith("not ") or reason in WHY]
-        if any(reason.startswith("not ") and not reason.startswith(f"not {UNLOCKED}") for reason in takes):
-            why = [reason for reason in why if not reason.startswith(f"not {UNLOCKED}")]  # once more, for another end
+        if any(reason.startswith("not ") and not reason.startswith(DONE) for reason in takes):
+            why = [reason for reason in why if not reason.startswith(DONE)]  # once more, for another end
         until = [reason for reason in why if reason.startswith("not ")]
         reasons = tuple(dict.fromkeys((*why, *takes))) if takes else reasons_for(sub_goal, truths, beliefs)
         if reasons and holds(truths, until):  # advice without reasons would rest on what the game demands

@@ -87,6 +87,25 @@ class Plan(NamedTuple):
     takes: tuple[str, ...]
 
 
+def enough(takes: dict[int, list[str]], told: Iterable[Sequence[str]]) -> dict[int, list[str]]:
+    """Returns `takes` where who gets an amount of something stops at the largest that anything told takes, not before.
+
+    Args:
+        takes: of each sub-goal facts, last what it brought, "not " before it
+        told: facts that something takes each
+    """
+    most: dict[str, int] = {}
+    for name, _, number in (text.partition(" >= ") for texts in told for text in texts):
+        if number.isdigit() and not name.startswith("not "):
+            most[name] = max(most.get(name, 0), int(number))
+    new = {}
+    for goal, (*needs, last) in takes.items():
+        name, _, number = last.removeprefix("not ").partition(" >= ")
+        ends = last.startswith("not ") and number.isdigit() and name in most
+        new[goal] = [*needs, f"not {name} >= {most[name]}" if ends else last]
+    return new
+
+
 class Found:
     """What was found out so far: the latest situations with what came of them, and counts of all phases."""
 
@@ -180,22 +199,44 @@ class Found:
         """Returns what is worth making here, as another sub-goal takes it near: a furnace beside the table.
 
         That takes what both take, amounts added up, but for what is made; and that it is not here yet. It is made by
-        sub-goals that are about no thing to go to.
+        sub-goals that are about no thing to go to, for one that takes two such things near: a single one is gone to.
         """
         game, plans = self.game, []
         for maker in (maker for maker in takes if game.sub_goals[maker] not in game.things):
             for made in (game.facts[i] for i in self._brought(maker) if game.facts[i] in game.destinations):
                 for goal in (goal for goal in takes if made in takes[goal]):
-                    both = [text for text in takes[maker] + takes[goal] if not text.startswith("not ") and text != made]
+                    if sum(text in game.destinations for text in takes[goal]) < 2:
+                        continue
+                    needed = [text for text in takes[maker] if not text.startswith("not ")]
+                    needed += self._too_usual(goal, needed, takes)
+                    needed += [text for text in takes[goal] if not text.startswith("not ") and text != made]
                     ends = [text for text in takes[goal] if text.startswith("not ")]
-                    plans.append(Plan(maker, goal, (*game.added_up(both), f"not {made}", *ends)))
+                    plans.append(Plan(maker, goal, (*game.added_up(needed), f"not {made}", *ends)))
         return [plan for plan in plans if can_hold(plan.takes)]
+
+    def _too_usual(self, goal: int, amounts: list[str], takes: dict[int, list[str]]) -> list[str]:
+        """Returns what a sub-goal takes of the same things, where that is so usual that its list leaves it out.
+
+        Of one that was hardly reached yet what the one takes that is named most alike.
+        """
+        like = goal if self.arrays.times[goal] >= MIN_TIMES else self._alike(goal, takes)
+        names = {text.partition(" >= ")[0] for text in amounts} - {text.partition(" >= ")[0] for text in takes[goal]}
+        ones = [f"{name} >= 1" for name in names if f"{name} >= 1" in self.game.fact_numbers]
+        then, times = self.arrays.true_then[like], self.arrays.times[like]
+        return [text for text in ones if then[self.game.fact_numbers[text]] >= ALWAYS * times]
+
+    def _alike(self, goal: int, takes: dict[int, list[str]]) -> int:
+        """Returns the known (not guessed) sub-goal that is named most like this one; this one if none is."""
+        words = [set(self.game.normalise(name).split()) for name in self.game.basic_sub_goals]
+        known = [i for i in takes if self.arrays.times[i] >= MIN_TIMES]
+        alike = max(known, key=lambda i: (len(words[goal] & words[i]), -self.arrays.times[i]), default=goal)
+        return alike if len(words[goal] & words[alike]) >= ALIKE else goal
 
     def guesses(self, takes: dict[int, list[str]]) -> dict[int, list[str]]:
         """Returns what sub-goals may take of which that is not known: as `takes`, whose value is given.
 
         What the one that is named most alike takes, what is in the name, and what can be got or made and is of no known
-        use, unless another such sub-goal has it in its name.
+        use, unless another such sub-goal has it in its name; but nothing that was not so when it was reached.
         """
         game, guesses = self.game, {}
         words = [set(game.normalise(name).split()) for name in game.basic_sub_goals]
@@ -205,10 +246,9 @@ class Found:
         used = {text.partition(" >= ")[0] for texts in takes.values() for text in texts}  # also any amount of it
         unused = {i for i in had if game.facts[i].partition(" >= ")[0] not in used}
         for goal in unknown:
-            alike = max(takes, key=lambda i: (len(words[goal] & words[i]), -self.arrays.times[i]), default=goal)
-            new = words[goal] - words[alike]
-            if alike == goal or len(words[goal]) - len(new) < ALIKE:
+            if (alike := self._alike(goal, takes)) == goal:
                 continue
+            new = words[goal] - words[alike]
             claimed = set().union(*(words[other] for other in unknown if other != goal))
             more = {i for i, thing in had.items() if thing in new or (i in unused and thing not in claimed)}
             if not new & things <= {had[i] for i in more}:
@@ -216,7 +256,8 @@ class Found:
             needs = {game.fact_numbers[text] for text in takes[alike] if text in game.fact_numbers}
             end = takes[alike][-1].replace(game.sub_goals[alike], game.sub_goals[goal])
             ends = [end] if end not in takes[alike] and end.removeprefix("not ") in game.fact_numbers else []
-            guesses[goal] = [game.facts[i] for i in self._rarest(needs | more)] + ends
+            seen = self.arrays.true_then[goal] >= self.arrays.times[goal]
+            guesses[goal] = [game.facts[i] for i in self._rarest(i for i in needs | more if seen[i])] + ends
         return {goal: texts for goal, texts in guesses.items() if texts and can_hold(texts)}
 
     def _is_had(self, fact: int) -> bool:
@@ -249,9 +290,12 @@ class Found:
     def lessons(self, source: str, most: int) -> dict[int, str]:
         """Returns the analyses that would have been right in remembered situations; arguments as of `examples`."""
         known = {} if source == "hindsight" else self.takes()
-        guesses = self.guesses(known) if source == "plans" else {}
-        told = [Plan(i, i, tuple(texts)) for i, texts in (known | guesses).items()]
-        told += self.plans(known | guesses) if source == "plans" else []
+        guesses, plans = {}, []
+        if source == "plans":
+            guesses = self.guesses(known)
+            plans = self.plans(known | guesses)
+            known = enough(known, [*known.values(), *guesses.values(), *(plan.takes for plan in plans)])
+        told = [Plan(i, i, tuple(texts)) for i, texts in (known | guesses).items()] + plans
         texts = {}
         for i in self.most_telling()[:most]:
             goal = self.worth_saying(i)

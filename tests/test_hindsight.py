@@ -13,7 +13,7 @@ import rladapter_adapter as ra
 import rladapter_ppo as rl
 from envs.crafter import CRAFTER
 from envs.crafter.vocabulary import FACTS, NUM_BASIC
-from hindsight import HORIZON, Found, Plan, look_ahead, usual
+from hindsight import HORIZON, Found, Plan, enough, look_ahead, usual
 from llm_client import Question
 
 GOAL, FACT = CRAFTER.sub_goal_numbers, CRAFTER.fact_numbers
@@ -303,14 +303,12 @@ def crafting(iron_pickaxe=True, coal=False):
 
 
 def test_what_is_needed_near_is_made_on_the_spot():
-    """For what both take, amounts added up; as long as it is not here, and what it is for not done."""
+    """For what both take, amounts added up; as long as it is not here, and what it is for not done. Not for what takes
+    one thing near, which can be gone to."""
     found = crafting()
     told = found.plans(found.takes())
     plans = {(CRAFTER.sub_goals[plan.sub_goal], CRAFTER.sub_goals[plan.goal]): plan.takes for plan in told}
     assert plans == {
-        ("place crafting table", "make stone pickaxe"): (
-            "wood >= 3", "stone >= 1", "not table in reach", "not unlocked make stone pickaxe"
-        ),
         ("place crafting table", "make iron pickaxe"): (
             "wood >= 3", "iron >= 1", "furnace in reach", "not table in reach", "not unlocked make iron pickaxe"
         ),
@@ -323,13 +321,38 @@ def test_what_is_needed_near_is_made_on_the_spot():
 
 def test_what_can_never_hold_is_told_nobody():
     found = crafting()
-    takes = {GOAL["place crafting table"]: ["wood >= 2"], GOAL["make wood sword"]: ["table in reach", "wood >= 1"]}
+    near = ["table in reach", "furnace in reach", "wood >= 1"]
+    takes = {GOAL["place crafting table"]: ["wood >= 2"], GOAL["make wood sword"]: near}
     (plan,) = found.plans(takes)
-    assert plan.takes == ("wood >= 3", "not table in reach")
+    assert plan.takes == ("wood >= 3", "furnace in reach", "not table in reach")
     takes[GOAL["make wood sword"]].append("not wood >= 3")
     assert found.plans(takes) == []
     takes = {GOAL["make stone pickaxe"]: ["unlocked make stone sword", "not unlocked make stone pickaxe"]}
     assert found.guesses(takes) == {}  # a sword that is to be made only by those who have one
+
+
+def test_a_plan_takes_what_a_list_leaves_out_as_too_usual():
+    """Who places a furnace for a pickaxe that takes a stone as well needs two: the list of the pickaxe has no stone."""
+    found = crafting()
+    found.arrays.true_then[GOAL["make iron pickaxe"], FACT["stone >= 1"]] = 9
+    found.arrays.together[FACT["stone >= 1"], FACT["stone >= 1"]] = 900  # of 1000 steps
+    takes = found.takes()
+    assert "stone >= 1" not in takes[GOAL["make iron pickaxe"]]
+    takes[GOAL["place furnace"]].insert(0, "stone >= 1")
+    plans = {(plan.sub_goal, plan.goal): plan.takes for plan in found.plans(takes)}
+    assert plans[GOAL["place furnace"], GOAL["make iron pickaxe"]][0] == "stone >= 2"
+    guess = {GOAL["make iron sword"]: takes[GOAL["make iron pickaxe"]]}  # as what is named alike took
+    for stones in (0, 9):
+        found.arrays.true_then[GOAL["make iron pickaxe"], FACT["stone >= 1"]] = stones
+        plans = {(plan.sub_goal, plan.goal): plan.takes for plan in found.plans(takes | guess)}
+        assert ("stone >= 2" in plans[GOAL["place furnace"], GOAL["make iron sword"]]) == bool(stones)
+
+
+def test_who_gathers_stops_at_the_largest_amount_that_is_told():
+    takes = {1: ["tree in view", "not wood >= 2"], 2: ["not unlocked eat cow"], 3: ["dark"], 4: ["not coal >= 1"]}
+    told = ["wood >= 3", "not wood >= 5", "dark"], ["wood >= 1", "stone in view"]
+    assert enough(takes, told) == {**takes, 1: ["tree in view", "not wood >= 3"]}
+    assert enough(takes, []) == takes
 
 
 def named(guesses):
@@ -346,6 +369,11 @@ def test_what_a_sub_goal_takes_that_was_never_reached_is_guessed():
         "make stone sword": ["furnace in reach", "table in reach", "coal >= 1", "stone >= 1", "wood >= 1",
                              "not unlocked make stone sword"],
     }  # fmt: skip
+    pickaxe = GOAL["make iron pickaxe"]
+    found.arrays.times[pickaxe] = 2  # too few to know, but what was not so then is not needed
+    found.arrays.true_then[pickaxe] = 2
+    found.arrays.true_then[pickaxe, FACT["coal >= 1"]] = 1
+    assert "coal >= 1" not in named(found.guesses(found.takes()))["make iron pickaxe"]
     found.arrays.brought[GOAL["mine iron"]] = 0  # nobody has any iron
     assert list(named(found.guesses(found.takes()))) == ["make stone sword"]
 

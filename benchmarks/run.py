@@ -125,6 +125,11 @@ VARIANTS = {
         "control: what experience would tune it on, told word for word, no language model for an adapter",
         "--adapter none --sft-data experience --analyses retrieved",
     ),
+    "retrieved-plans": Variant(
+        "retrieved, plans",
+        "control: what plans would tune it on, told word for word, no language model for an adapter",
+        "--adapter none --sft-data plans --analyses retrieved",
+    ),
     "echo": Variant(
         "no LLM",
         "control: experience, where the advice is what the analysis says, no LLM",
@@ -168,7 +173,7 @@ class Suite:
 WITH_ADAPTERS = (
     "none", "facts", "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "plans",
     "experience-no-score", "experience-paper-score", "smollm2-no-sft", "smollm2-experience", "exchanged", "retrieved",
-    "echo", "echo-plans", "random-analyses", "rules",
+    "retrieved-plans", "echo", "echo-plans", "random-analyses", "rules",
 )  # fmt: skip
 
 # The offline guide that believes in Minecraft
@@ -186,7 +191,7 @@ SUITES = {
     # Whether it still is where there is more time; without any guide that is of the suite main.
     "adapter-1m": Suite((
         "no-adapter", "no-sft", "sft-best", "sft-all", "hindsight", "experience", "plans", "exchanged", "retrieved",
-        "echo", "echo-plans", "random-analyses", "rules",
+        "retrieved-plans", "echo", "echo-plans", "random-analyses", "rules",
     ), MINECRAFT),
     # The same with a real, small LLM: start the server first, docs/adapter.md says how.
     "llm": Suite(

@@ -6,10 +6,11 @@
 
 *Hindsight*: of a situation that the player was in, the rarest sub-goal that it reached and was paid for soon after (or
 reached, where none was paid for), where these steps paid more than is usual in such a situation: what is often reached
-needs no advice. *Experience*: what was so whenever a sub-goal was reached and paid for. *Plans*: what a sub-goal takes
-near, and another one brings, is made here instead of gone to; and what one takes that was hardly reached yet is
-guessed. What is found out comes of what a player can see and of its rewards; plans and guesses also of names, and of
-what a player has to go to (`Game.things`, `Game.destinations`). Nothing comes of the game's rules. No LLM is asked.
+needs no advice. *Experience*: what was so whenever a sub-goal was reached and paid for. *Plans*: of two things that a
+sub-goal takes near one is made beside the other, by what was found to bring it; and what one takes that was hardly
+reached yet is guessed. What is found out comes of what a player can see and of its rewards; plans and guesses also of
+names, and of what a player has to go to (`Game.things`, `Game.destinations`). Nothing comes of the game's rules. No LLM
+is asked.
 
 M situations, S steps of a phase, N envs, P facts, G basic sub-goals, O bytes of an observation.
 """
@@ -88,7 +89,7 @@ class Plan(NamedTuple):
 
 
 def enough(takes: dict[int, list[str]], told: Iterable[Sequence[str]]) -> dict[int, list[str]]:
-    """Returns `takes` where who gets an amount of something stops at the largest that anything told takes, not before.
+    """Returns `takes` where what ends with an amount of something ends with the largest that anything told takes.
 
     Args:
         takes: of each sub-goal facts, last what it brought, "not " before it
@@ -99,10 +100,10 @@ def enough(takes: dict[int, list[str]], told: Iterable[Sequence[str]]) -> dict[i
         if number.isdigit() and not name.startswith("not "):
             most[name] = max(most.get(name, 0), int(number))
     new = {}
-    for goal, (*needs, last) in takes.items():
-        name, _, number = last.removeprefix("not ").partition(" >= ")
-        ends = last.startswith("not ") and number.isdigit() and name in most
-        new[goal] = [*needs, f"not {name} >= {most[name]}" if ends else last]
+    for goal, texts in takes.items():
+        name, _, number = texts[-1].removeprefix("not ").partition(" >= ")
+        more = texts[-1].startswith("not ") and number.isdigit() and int(number) < most.get(name, 0)
+        new[goal] = [*texts[:-1], f"not {name} >= {most[name]}"] if more else texts
     return new
 
 
@@ -198,32 +199,32 @@ class Found:
     def plans(self, takes: dict[int, list[str]]) -> list[Plan]:
         """Returns what is worth making here, as another sub-goal takes it near: a furnace beside the table.
 
-        That takes what both take, amounts added up, but for what is made; and that it is not here yet. It is made by
-        sub-goals that are about no thing to go to, for one that takes two such things near: a single one is gone to.
+        That takes what both take, amounts added up, but for what is made; and that it is not here yet. Only for a
+        sub-goal that takes two things near: a single one can be gone to. It is made by one that is about no thing.
         """
         game, plans = self.game, []
         for maker in (maker for maker in takes if game.sub_goals[maker] not in game.things):
             for made in (game.facts[i] for i in self._brought(maker) if game.facts[i] in game.destinations):
                 for goal in (goal for goal in takes if made in takes[goal]):
-                    if sum(text in game.destinations for text in takes[goal]) < 2:
+                    if len({game.destinations[text] for text in takes[goal] if text in game.destinations}) < 2:
                         continue
                     needed = [text for text in takes[maker] if not text.startswith("not ")]
-                    needed += self._too_usual(goal, needed, takes)
+                    needed += self._left_out(goal, needed, takes)
                     needed += [text for text in takes[goal] if not text.startswith("not ") and text != made]
                     ends = [text for text in takes[goal] if text.startswith("not ")]
                     plans.append(Plan(maker, goal, (*game.added_up(needed), f"not {made}", *ends)))
         return [plan for plan in plans if can_hold(plan.takes)]
 
-    def _too_usual(self, goal: int, amounts: list[str], takes: dict[int, list[str]]) -> list[str]:
-        """Returns what a sub-goal takes of the same things, where that is so usual that its list leaves it out.
+    def _left_out(self, goal: int, amounts: list[str], takes: dict[int, list[str]]) -> list[str]:
+        """Returns what a sub-goal takes of the same things though its list has nothing of them, as of what is usual.
 
         Of one that was hardly reached yet what the one takes that is named most alike.
         """
         like = goal if self.arrays.times[goal] >= MIN_TIMES else self._alike(goal, takes)
+        then, times = self.arrays.true_then[like], self.arrays.times[like]
         names = {text.partition(" >= ")[0] for text in amounts} - {text.partition(" >= ")[0] for text in takes[goal]}
         ones = [f"{name} >= 1" for name in names if f"{name} >= 1" in self.game.fact_numbers]
-        then, times = self.arrays.true_then[like], self.arrays.times[like]
-        return [text for text in ones if then[self.game.fact_numbers[text]] >= ALWAYS * times]
+        return [text for text in ones if then[self.game.fact_numbers[text]] >= ALWAYS * times > 0]
 
     def _alike(self, goal: int, takes: dict[int, list[str]]) -> int:
         """Returns the known (not guessed) sub-goal that is named most like this one; this one if none is."""
@@ -241,7 +242,7 @@ class Found:
         game, guesses = self.game, {}
         words = [set(game.normalise(name).split()) for name in game.basic_sub_goals]
         things = {thing_of(text) for text in game.facts}
-        unknown = [goal for goal in range(game.num_basic) if goal not in takes]
+        unknown = [goal for goal in range(game.num_basic) if goal not in takes and self.arrays.times[goal] < MIN_TIMES]
         had = {i: thing_of(game.facts[i]) for goal in takes for i in self._brought(goal) if self._is_had(i)}
         used = {text.partition(" >= ")[0] for texts in takes.values() for text in texts}  # also any amount of it
         unused = {i for i in had if game.facts[i].partition(" >= ")[0] not in used}
@@ -257,7 +258,8 @@ class Found:
             end = takes[alike][-1].replace(game.sub_goals[alike], game.sub_goals[goal])
             ends = [end] if end not in takes[alike] and end.removeprefix("not ") in game.fact_numbers else []
             seen = self.arrays.true_then[goal] >= self.arrays.times[goal]
-            guesses[goal] = [game.facts[i] for i in self._rarest(i for i in needs | more if seen[i])] + ends
+            needed = [game.facts[i] for i in self._rarest(i for i in needs | more if seen[i])]
+            guesses[goal] = [*needed, *ends] if needed else []
         return {goal: texts for goal, texts in guesses.items() if texts and can_hold(texts)}
 
     def _is_had(self, fact: int) -> bool:

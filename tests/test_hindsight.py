@@ -348,11 +348,33 @@ def test_a_plan_takes_what_a_list_leaves_out_as_too_usual():
         assert ("stone >= 2" in plans[GOAL["place furnace"], GOAL["make iron sword"]]) == bool(stones)
 
 
+def test_nothing_is_known_of_what_was_never_reached():
+    found = crafting()
+    takes = found.takes() | {GOAL["eat plant"]: ["table in reach", "furnace in reach"]}
+    plans = {(plan.sub_goal, plan.goal): plan.takes for plan in found.plans(takes)}
+    assert plans[GOAL["place furnace"], GOAL["eat plant"]] == ("stone >= 1", "table in reach", "not furnace in reach")
+
+
+def test_plans_say_how_much_to_gather(monkeypatch):
+    """A table for an iron pickaxe, which takes wood as well, takes 3 wood together."""
+    monkeypatch.setattr(hindsight, "OTHERS", 99)
+    found = crafting()
+    paying(found)
+    found.arrays.held[:] = False
+    tree = GOAL["chop tree"]
+    found.arrays.times[tree] = found.arrays.followed[tree] = 9
+    found.arrays.true_then[tree, FACT["tree in view"]] = found.arrays.brought[tree, FACT["wood >= 1"]] = 9
+    for source, ends in (("experience", "not wood >= 2"), ("plans", "not wood >= 3")):
+        (_, text), *_ = found.examples(source, 9, lambda obs, facts: str(obs))
+        assert CRAFTER.heard_in_text(text)[tree][-1] == ends
+
+
 def test_who_gathers_stops_at_the_largest_amount_that_is_told():
     takes = {1: ["tree in view", "not wood >= 2"], 2: ["not unlocked eat cow"], 3: ["dark"], 4: ["not coal >= 1"]}
     told = ["wood >= 3", "not wood >= 5", "dark"], ["wood >= 1", "stone in view"]
     assert enough(takes, told) == {**takes, 1: ["tree in view", "not wood >= 3"]}
     assert enough(takes, []) == takes
+    assert enough({1: ["not wood >= 5"]}, told) == {1: ["not wood >= 5"]}  # never before
 
 
 def named(guesses):
@@ -374,6 +396,15 @@ def test_what_a_sub_goal_takes_that_was_never_reached_is_guessed():
     found.arrays.true_then[pickaxe] = 2
     found.arrays.true_then[pickaxe, FACT["coal >= 1"]] = 1
     assert "coal >= 1" not in named(found.guesses(found.takes()))["make iron pickaxe"]
+    found.arrays.true_then[pickaxe] = 0
+    assert "make iron pickaxe" not in named(found.guesses(found.takes()))  # nothing was so both times
+    found.arrays.times[pickaxe] = 9
+    found.arrays.true_then[pickaxe] = 9
+    found.arrays.brought[pickaxe] = 0
+    found.arrays.together += np.diag(np.full(len(FACT), 900.0))  # nothing that would tell it: known to take nothing
+    assert pickaxe not in found.takes() and "make iron pickaxe" not in named(found.guesses(found.takes()))
+    found.arrays.together -= np.diag(np.full(len(FACT), 900.0))
+    found.arrays.times[pickaxe] = found.arrays.true_then[pickaxe] = 0
     found.arrays.brought[GOAL["mine iron"]] = 0  # nobody has any iron
     assert list(named(found.guesses(found.takes()))) == ["make stone sword"]
 

@@ -203,11 +203,11 @@ class Found:
         sub-goal that takes two things near: a single one can be gone to. It is made by one that is about no thing.
         """
         game, plans = self.game, []
+        near = {goal: {game.destinations.get(text) for text in texts} - {None} for goal, texts in takes.items()}
+        goals = [goal for goal in takes if len(near[goal]) > 1]
         for maker in (maker for maker in takes if game.sub_goals[maker] not in game.things):
             for made in (game.facts[i] for i in self._brought(maker) if game.facts[i] in game.destinations):
-                for goal in (goal for goal in takes if made in takes[goal]):
-                    if len({game.destinations[text] for text in takes[goal] if text in game.destinations}) < 2:
-                        continue
+                for goal in (goal for goal in goals if made in takes[goal]):
                     needed = [text for text in takes[maker] if not text.startswith("not ")]
                     needed += self._left_out(goal, needed, takes)
                     needed += [text for text in takes[goal] if not text.startswith("not ") and text != made]
@@ -228,10 +228,14 @@ class Found:
 
     def _alike(self, goal: int, takes: dict[int, list[str]]) -> int:
         """Returns the known (not guessed) sub-goal that is named most like this one; this one if none is."""
-        words = [set(self.game.normalise(name).split()) for name in self.game.basic_sub_goals]
+        words = self._words()
         known = [i for i in takes if self.arrays.times[i] >= MIN_TIMES]
         alike = max(known, key=lambda i: (len(words[goal] & words[i]), -self.arrays.times[i]), default=goal)
         return alike if len(words[goal] & words[alike]) >= ALIKE else goal
+
+    def _words(self) -> list[set[str]]:
+        """Returns the words of each basic sub-goal's name."""
+        return [set(self.game.normalise(name).split()) for name in self.game.basic_sub_goals]
 
     def guesses(self, takes: dict[int, list[str]]) -> dict[int, list[str]]:
         """Returns what sub-goals may take of which that is not known: as `takes`, whose value is given.
@@ -240,8 +244,7 @@ class Found:
         use, unless another such sub-goal has it in its name; but nothing that was not so when it was reached.
         """
         game, guesses = self.game, {}
-        words = [set(game.normalise(name).split()) for name in game.basic_sub_goals]
-        things = {thing_of(text) for text in game.facts}
+        words, things = self._words(), {thing_of(text) for text in game.facts}
         unknown = [goal for goal in range(game.num_basic) if goal not in takes and self.arrays.times[goal] < MIN_TIMES]
         had = {i: thing_of(game.facts[i]) for goal in takes for i in self._brought(goal) if self._is_had(i)}
         used = {text.partition(" >= ")[0] for texts in takes.values() for text in texts}  # also any amount of it

@@ -38,7 +38,7 @@ def success(u: Understood) -> np.ndarray:
 
 
 def cosine(u: Understood) -> np.ndarray:
-    """Compares the sub-goals reached with the advice. In visits that reached nothing the cosine is 0."""
+    """Compares the sub-goals reached with the advice; in visits that did not reach the advised one the cosine is 0."""
     score = reference_score(row_cosine(u.reached @ u.sub_goal_names, u.advice))
     return success(u) * score + (1 - success(u)) * reference_score(0.0)
 

@@ -502,6 +502,12 @@ def read_evaluation(folder: Path, given: EvalArgs) -> dict[str, Any]:
     return result
 
 
+def human_experts(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Returns the success rates of human experts, where it is their game; {} elsewhere."""
+    theirs = all(result["achievements"].keys() == published.HUMAN.keys() for result in results.values())
+    return published.HUMAN if theirs else {}
+
+
 def result_tables(results: dict[str, dict[str, Any]]) -> list[Table]:
     """Tables for people: runs side by side, human experts beside them."""
     overall = Table(title="Evaluation", title_justify="left")
@@ -511,7 +517,7 @@ def result_tables(results: dict[str, dict[str, Any]]) -> list[Table]:
         for name in results:
             table.add_column(name, justify="right", overflow="fold")
     names = next(iter(results.values()))["achievements"]
-    human = published.HUMAN if all(r["achievements"].keys() == published.HUMAN.keys() for r in results.values()) else {}
+    human = human_experts(results)
     for table in (overall, rates) if human else ():
         table.add_column("human experts", justify="right")
     lines = ("episodic_return", "return", "14.3"), ("score", "score %", "50.5"), ("episodic_length", "steps", "")
@@ -577,7 +583,7 @@ def main(given: EvalArgs, argv: list[str]) -> None:
         console.print(table)
     if given.report:
         path = given.runs[0] / "report.html"
-        report.write_report(path, list(given.runs), published.HUMAN)
+        report.write_report(path, list(given.runs), human_experts(results))
         console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -336,6 +336,8 @@ class HostTable:
             return self.found.examples(sft_data, MAX_ANALYSES, self._prompts(env))
         rows, won = self.rows, self.rows.valid & (self.trial_z() > trials.DECIDED_AT_SE)
         winners = set(rows.advice_id[won].tolist())
+        if sft_data not in ("best", "all"):
+            raise ValueError(f"--sft-data {sft_data}: nothing here makes its pairs")
         chosen: dict[tuple[str, str], None] = {}
         for analysis in reversed(self.analyses):
             named = self.game.sub_goals_in_text(analysis.text)

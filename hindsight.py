@@ -294,6 +294,8 @@ class Found:
 
     def lessons(self, source: str, most: int) -> dict[int, str]:
         """Returns the analyses that would have been right in remembered situations; arguments as of `examples`."""
+        if source not in ("hindsight", "experience", "plans"):
+            raise ValueError(f"--sft-data {source}: nothing here makes its pairs")
         known = {} if source == "hindsight" else self.takes()
         guesses, plans = {}, []
         if source == "plans":

@@ -293,6 +293,7 @@ class Guide:
     """What all guides share. A simple one has `answer`, one that asks many at once has `complete` instead."""
 
     name = ""
+    may_copy = True  # may it repeat its prompt, whatever the situation? A list of rules can't
 
     def __init__(self, game: Game, seed: int = 0) -> None:
         self.game, self.seed = game, seed
@@ -347,7 +348,7 @@ class Guide:
     def watch_for_parrots(self, answered: list[Question]) -> None:
         """Warns where a pause asked about many situations and was given one answer: that guide copies its prompt."""
         situations, replies = {question.caption for question in answered}, {q.reply.text for q in answered}
-        if len(situations) >= MANY_SITUATIONS and len(replies) == 1:
+        if self.may_copy and len(situations) >= MANY_SITUATIONS and len(replies) == 1:
             said = clean(replies.pop(), MAX_ERROR)
             way = "it may repeat its prompt; try a larger model"
             self.warn("repeats", f"the guide gave one answer to {len(situations)} situations of a pause, {way}: {said}")
@@ -443,6 +444,7 @@ class RulesGuide(Guide):
     """
 
     name = "rules"
+    may_copy = False
 
     def __init__(self, game: Game, seed: int = 0, knowledge: str = "expert") -> None:
         super().__init__(game, seed)
@@ -489,7 +491,8 @@ class RandomGuide(Guide):
 class EchoGuide(Guide):
     """A control: gives as advice what the analysis names, for what it says that this takes: what an LLM adds lacks.
 
-    An analysis that names nothing fails its question.
+    An analysis that names nothing fails its question. A sub-goal of which it says nothing rests on what the game says
+    that it needs, as with any guide (`Game.needs`).
     """
 
     name = "echo"

@@ -787,6 +787,19 @@ def check_args(args: Args) -> None:
             f"--analyses retrieved: --sft-data {args.sft.sft_data} keeps no situations; choose "
             f"{' or '.join(rladapter_adapter.FROM_PLAY)}"
         )
+    silent = args.sft.adapter == "none" and args.sft.analyses != "retrieved"
+    if silent and args.sft.sft_data != "best":
+        raise ValueError(
+            f"--sft-data {args.sft.sft_data}: --adapter none has nothing to tune; leave it out, or have it told by "
+            "--analyses retrieved"
+        )
+    if silent and args.llm.llm == "echo":
+        raise ValueError(
+            "--llm echo: gives as advice what the analysis says, and --adapter none says nothing; choose an "
+            "--adapter, or --analyses retrieved"
+        )
+    if args.llm.llm_replay is not None and args.llm.llm != "replay":
+        raise ValueError("--llm-replay: only --llm replay reads it; say that, too, or leave it out")
     steps = args.updates_per_phase * args.num_steps
     if args.learns and args.sft.sft_data in rladapter_adapter.FROM_PLAY and steps < hindsight.HORIZON:
         raise ValueError(

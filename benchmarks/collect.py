@@ -166,7 +166,9 @@ def collect(suite: str, runs_dir: Path, results_dir: Path, allow_dirty: bool = F
     for folder in sorted(path.parent for path in runs_dir.glob("*/summary.json")):
         variant, _, seed = folder.name.rpartition("-")
         if variant not in VARIANTS or not seed.isdigit():
-            raise ValueError(f"{folder}: the folder's name is not <variant>-<seed>; move it away")
+            no_variant = f"{variant!r} is no variant of benchmarks/run.py"
+            what = no_variant if seed.isdigit() else "the folder's name is not <variant>-<seed>"
+            raise ValueError(f"{folder}: {what}; move it away")
         result = read_run(folder)
         flags = json.loads((folder / "config.json").read_text())["flags"]
         difference = differing_flag(flags, flags_of(suite, variant, int(seed), flags["total_timesteps"]))

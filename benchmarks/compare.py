@@ -76,6 +76,8 @@ def cautions(runs_a: dict[int, Result], runs_b: dict[int, Result]) -> list[str]:
         lines.append(
             f"{len(runs_a)} seeds are few: the t-interval takes the differences for normal; 5 or more are better."
         )
+    if all((column(runs_a, key) == column(runs_b, key)).all() for key in METRICS.values()):
+        lines.append("A and B are equal in every seed: what differs between them did nothing.")
     for name in ("env_id", "global_step", "eval_episodes"):
         a, b = (sorted({r["summary"][name] for r in runs.values()}) for runs in (runs_a, runs_b))
         if a != b:

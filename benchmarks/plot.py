@@ -18,9 +18,20 @@ from typing import Any
 import numpy as np
 import tyro
 from collect import Results, collect, column, load
-from run import CONTROLS, ROOT, VARIANTS, SuiteName
+from run import ROOT, UNGUIDED, VARIANTS, SuiteName
 from stats import bootstrap_band, bootstrap_interval, iqm, probability_of_improvement
-from tables import FULL, RESULTS, between_markers, generated, guide_of, shares, throughput, watched, with_unguided
+from tables import (
+    FULL,
+    RESULTS,
+    between_markers,
+    generated,
+    guide_of,
+    of_a_suite,
+    shares,
+    throughput,
+    watched,
+    with_unguided,
+)
 
 from utils.published import HUMAN
 
@@ -117,12 +128,12 @@ def subtitle(results: Results) -> str:
 
 def plot_controls(results: Results, path: Path) -> bool:
     """Learning curves of the full method and of what it must beat."""
-    return plot_curves({name: runs for name, runs in results.items() if name in (FULL, *CONTROLS)}, path)
+    return plot_curves({name: runs for name, runs in results.items() if name in (FULL, *UNGUIDED)}, path)
 
 
 def plot_ablations(results: Results, path: Path) -> bool:
     """Learning curves of the full method and of what lacks a part of it."""
-    shown = {name: runs for name, runs in results.items() if name not in CONTROLS}
+    shown = {name: runs for name, runs in results.items() if name not in UNGUIDED}
     return shown.keys() != {FULL} and plot_curves(shown, path)
 
 
@@ -296,13 +307,15 @@ def plot_speed(_: Results, path: Path) -> bool:
     return True
 
 
-FIGURES = {
+OF_A_SUITE = {
     "results_curves.png": plot_controls,
     "results_ablations.png": plot_ablations,
     "results_calls.png": plot_calls,
     "results_achievements.png": plot_achievements,
     "results_habits.png": plot_habits,
     "results_aggregate.png": plot_aggregate,
+}
+FIGURES = OF_A_SUITE | {
     "results_llm.png": partial(plot_guide, "llm"),
     "results_guide.png": partial(plot_guide, "adapter"),
     "results_guide_1m.png": partial(plot_guide, "adapter-1m"),
@@ -311,12 +324,12 @@ FIGURES = {
 
 
 def write_tables(results: Results, out: Path | None) -> None:
-    """Into README.md and docs/benchmarks.md, or all into out/tables.md."""
-    tables = generated(results)
+    """Into README.md and docs, or those of these results into out/tables.md."""
     if out is not None:
+        tables = of_a_suite(results)
         (out / "tables.md").write_text("\n\n".join(f"## {name}\n\n{text}" for (_, name), text in tables.items()) + "\n")
         return
-    for (path, name), text in tables.items():
+    for (path, name), text in generated(results).items():
         between_markers(path, name, text)
 
 
@@ -333,7 +346,7 @@ def run(options: Options) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_tables(results, options.out)
     with plt.rc_context(STYLE):
-        for name, draw in FIGURES.items():
+        for name, draw in (FIGURES if options.out is None else OF_A_SUITE).items():
             print(f"{out / name}: {'drawn' if draw(results, out / name) else 'no data'}")
 
 

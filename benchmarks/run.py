@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import rladapter_ppo as rl  # noqa: E402
-from utils import runs  # noqa: E402
+from utils import run_folder, runs  # noqa: E402
 from utils.cli import BigInt  # noqa: E402
 
 
@@ -160,7 +160,8 @@ VARIANTS = {
 }
 
 # Without guidance; the others are the method and its ablations.
-CONTROLS = ("none", "none-bonus", "facts", "facts-bonus", "facts-pointer")
+# What guidance must beat, in a figure of its own
+UNGUIDED = ("none", "none-bonus", "facts", "facts-bonus", "facts-pointer")
 
 
 @dataclass(frozen=True)
@@ -280,14 +281,15 @@ def differing_flag(found: dict[str, Any], argv: list[str]) -> str | None:
 def plan(options: Options) -> list[Job]:
     """The jobs, one seed of every variant before the next seed. Raises ValueError, one line, for what can't work."""
     suite = SUITES[options.suite]
-    unknown = [name for name in options.variants if name not in VARIANTS]
+    variants = options.variants or suite.variants
+    unknown = [name for name in variants if name not in VARIANTS]
     if unknown:
-        raise ValueError(f"--variants: unknown variant {unknown[0]!r}; choose from {', '.join(VARIANTS)}")
+        where = "--variants" if options.variants else f"SUITES[{options.suite!r}]"
+        raise ValueError(f"{where}: unknown variant {unknown[0]!r}; choose from {', '.join(VARIANTS)}")
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name}: {getattr(options, name)} is out of range; choose 1 or more")
     runs_dir = (options.runs_dir or ROOT / "runs" / options.suite).resolve()
-    variants = options.variants or suite.variants
     pairs = {f"{variant}-{seed}": (variant, seed) for seed in range(1, options.seeds + 1) for variant in variants}
     odd = [name for name in options.only if name not in pairs]
     if odd:
@@ -457,6 +459,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
+    if any(job.state == "waiting" for job in jobs) and (run_folder.git_commit() or "-dirty").endswith("-dirty"):
+        way = "commit first, or collect with --allow-dirty"
+        print(f"warning: code that is in no commit: plot.py --collect refuses its runs; {way}", file=sys.stderr)
     if not options.slurm:
         return report(jobs, run_jobs(jobs, options.jobs), argv)
     if all(job.state == "kept" for job in jobs):

@@ -21,7 +21,7 @@ FULL = "guided"  # the full method
 TUNED = {"experience": "no-sft", "plans": "no-sft", "smollm2-experience": "smollm2-no-sft"}
 NO_GUIDE = {"experience": "echo", "plans": "echo-plans"}  # the same adapter, whose analyses are the advice
 SAID = ("no-adapter", "no-sft", "experience", "plans", "smollm2-no-sft", "smollm2-experience")  # said is shown
-UNGUIDED = ("none", "facts")
+WITHOUT_GUIDE = ("none", "facts")
 COMPARED = {"episodic_return": "return", "score": "score", "training_score": "score in training"}
 ADVICE = {  # of `Result`
     "comprehension": "comprehension", "agreement_before": "agreement before", "agreement_after": "and after tuning",
@@ -327,7 +327,7 @@ def with_unguided(suite: str) -> Results:
     change nothing there."""
     found = results_of(suite)
     elsewhere = results_of({"adapter": "llm", "llm": "adapter", "adapter-1m": "main"}[suite]) if found else {}
-    found = {name: elsewhere[name] for name in UNGUIDED if name in elsewhere} | found
+    found = {name: elsewhere[name] for name in WITHOUT_GUIDE if name in elsewhere} | found
     return {name: found[name] for name in VARIANTS if name in found}
 
 
@@ -341,11 +341,9 @@ def said_table(results: Results) -> str:
     return "\n\n".join(parts) or "not measured"
 
 
-def generated(results: Results) -> dict[tuple[Path, str], str]:
-    """Every generated table: (file, name of its markers) -> text"""
-    suites = {name: with_unguided(name) for name in ("llm", "adapter", "adapter-1m")}
+def of_a_suite(results: Results) -> dict[tuple[Path, str], str]:
+    """The tables of these results: (file, name of its markers) -> text"""
     readme, docs = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
-    adapter, speed = ROOT / "docs" / "adapter.md", ROOT / "docs" / "speed.md"
     return {
         (readme, "methods"): methods_table(),
         (readme, "results"): results_table(results),
@@ -353,6 +351,14 @@ def generated(results: Results) -> dict[tuple[Path, str], str]:
         (ROOT / "docs" / "evaluate.md", "original"): original_table(results),
         (docs, "aggregate"): aggregate_table(results),
         (docs, "published"): published_table(results),
+    }
+
+
+def generated(results: Results) -> dict[tuple[Path, str], str]:
+    """Every generated table, those of other committed results among them."""
+    suites = {name: with_unguided(name) for name in ("llm", "adapter", "adapter-1m")}
+    readme, adapter, speed = ROOT / "README.md", ROOT / "docs" / "adapter.md", ROOT / "docs" / "speed.md"
+    return of_a_suite(results) | {
         **{(adapter, name): adapter_table(found) for name, found in suites.items()},
         **{(path, "claim"): claim_table(suites) for path in (readme, adapter)},
         (ROOT / "docs" / "adapter_samples.md", "said"): said_table(suites["llm"]),

@@ -282,7 +282,8 @@ def test_compare_says_what_the_interval_allows(tmp_path, capsys):
     assert "Seeds 1, 2, 3. guided against none: higher in return and higher in score." in shown
     assert "3 seeds are few" in shown and "A: commit abc, guide rules." in shown
     assert compare.main(["facts", "guided", "--results", str(folder)]) == 0
-    assert "not shown to differ in return and not shown to differ in score." in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "not shown to differ in return and not shown to differ in score." in shown and "are equal" not in shown
 
 
 def test_compare_pairs_by_seed_and_takes_two_folders(tmp_path, capsys):
@@ -292,6 +293,18 @@ def test_compare_pairs_by_seed_and_takes_two_folders(tmp_path, capsys):
     assert "+1.00 | - | +1.00 |" in shown and "Seeds 1. " in shown and "One seed gives no interval" in shown
     assert compare.main(["guided", "pause", "--results", str(a)]) == 2
     assert "error: pause is no variant in" in capsys.readouterr().err
+
+
+def test_a_suite_that_names_no_variant_and_code_in_no_commit(tmp_path, monkeypatch, capsys):
+    words = ["--suite", "toy", "--seeds", "1", "--runs-dir", str(tmp_path)]
+    monkeypatch.setattr(run, "run_jobs", lambda *_: False)
+    for commit, warned in (("abc", 0), ("abc-dirty", 1), (None, 1)):
+        monkeypatch.setattr(run.run_folder, "git_commit", lambda commit=commit: commit)
+        run.main(words)
+        assert capsys.readouterr().err.count("in no commit") == warned
+    monkeypatch.setitem(run.SUITES, "toy", run.Suite(("gided",)))
+    assert run.main(words) == 2
+    assert capsys.readouterr().err.startswith("error: SUITES['toy']: unknown variant 'gided'")
 
 
 def test_readme_is_not_written_from_other_results(tmp_path, capsys):
@@ -354,8 +367,9 @@ def test_a_suite_from_training_to_verdict(toy_runs, tmp_path, capsys):
     )
     assert found["curve"]["llm_calls"][-1] == found["summary"]["llm_calls"] > 0
     assert set(loaded["none"][1]["curve"]["llm_calls"]) == {0}
-    for name in plot.FIGURES.keys() - {"results_ablations.png", "results_habits.png"}:
+    for name in plot.OF_A_SUITE.keys() - {"results_ablations.png", "results_habits.png"}:
         assert (tmp_path / name).stat().st_size > 5000, name
+    assert not any((tmp_path / name).exists() for name in plot.FIGURES.keys() - plot.OF_A_SUITE.keys())  # of others
     assert not (tmp_path / "results_ablations.png").exists()  # neither variant is one
     shown = (tmp_path / "tables.md").read_text()
     assert f"| RLAdapter | `guided` | rules (no LLM) | **{found['summary']['episodic_return']:.2f}**" in shown
@@ -363,7 +377,8 @@ def test_a_suite_from_training_to_verdict(toy_runs, tmp_path, capsys):
     assert compare.main(["guided", "none", "--results", str(tmp_path)]) == 0
     assert "guided against none:" in capsys.readouterr().out
     assert compare.main([str(toy_runs), str(tmp_path)]) == 0  # run folders and their results are the same runs
-    assert capsys.readouterr().out.count("| +0.00 | - | +0.00 |") == 4
+    shown = capsys.readouterr().out
+    assert shown.count("| +0.00 | - | +0.00 |") == 4 and shown.count("A and B are equal in every seed") == 2
 
 
 def test_runs_of_uncommitted_code_or_other_flags_are_not_collected(toy_runs, tmp_path):
@@ -381,6 +396,9 @@ def test_runs_of_uncommitted_code_or_other_flags_are_not_collected(toy_runs, tmp
         collect.collect("toy", runs, tmp_path / "results")
     (runs / "none-1").rename(runs / "guided-1")
     with pytest.raises(ValueError, match="other flags than guided has"):
+        collect.collect("toy", runs, tmp_path / "results")
+    (runs / "guided-1").rename(runs / "copy-1")
+    with pytest.raises(ValueError, match="'copy' is no variant"):
         collect.collect("toy", runs, tmp_path / "results")
     assert not (tmp_path / "results").exists()
 

@@ -162,6 +162,8 @@ def test_human_experts_stand_beside_crafters_rates():
     lines = console.file.getvalue().splitlines()
     assert any("collect diamond" in line and "25" in line and "12" in line for line in lines)
     assert any("Achievement Distillation" in line and "21.8" in line and "12.6" in line for line in lines)
+    assert evaluate.human_experts({"mine": result}) == published.HUMAN
+    assert evaluate.human_experts({"mine": result, "toy": {"achievements": {"collect_coal": 0.5}}}) == {}
 
 
 def test_habits_are_counted_over_whole_episodes(crafter_run, monkeypatch):

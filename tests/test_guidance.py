@@ -382,6 +382,10 @@ def test_the_adapter_learns_from_what_it_named_and_what_won(analysis, expected):
     assert table.examples(Words(), "best") == [("prompt", analysis)] * expected
     table.rows.trial[0, 0] *= -1  # now it lost
     assert table.examples(Words(), "best") == [] and table.examples(Words(), "all") == [("prompt", analysis)]
+    with pytest.raises(ValueError, match="--sft-data deaths: nothing here"):  # of a fork that forgot to make them
+        table.examples(Words(), "deaths")
+    with pytest.raises(ValueError, match="--sft-data deaths: nothing here"):
+        table.found.lessons("deaths", 1)
 
 
 def test_advice_in_a_row_that_was_overwritten_wins_nothing():

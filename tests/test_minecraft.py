@@ -200,3 +200,10 @@ def test_a_guide_that_has_one_answer_to_everything_is_warned_of_once(capsys):
     guide.ask(asked("efgh")).wait()
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "one answer to 4 situations" in error and '"chop tree"' in error
+
+
+def test_rules_that_have_one_answer_to_everything_are_not(capsys):
+    guide = llm_client.RulesGuide(CRAFTER)
+    guide.answer = Parrot(CRAFTER).answer
+    guide.ask(asked("abcd")).wait()
+    assert capsys.readouterr().err == ""

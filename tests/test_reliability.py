@@ -255,6 +255,14 @@ def test_home_is_found_in_every_path(tmp_path, monkeypatch):
     assert found == (tmp_path / "r", f"{tmp_path}/a", f"{tmp_path}/e", tmp_path / "x")
 
 
+def test_flags_that_would_do_nothing(tmp_path, capsys):
+    where = "--run-dir", tmp_path / "run"
+    assert "--sft-data plans: --adapter none" in refused(capsys, *where, "--sft-data", "plans")
+    assert "--llm echo: " in refused(capsys, *where, "--llm", "echo")
+    assert "--llm-replay: " in refused(capsys, *where, "--llm-replay", tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("flag", ["--exp-name", "--run-dir"])
 def test_a_name_that_no_folder_can_have(flag, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

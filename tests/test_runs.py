@@ -1,6 +1,7 @@
 """Whole runs on the toy game: the folder, resume, ablations, bad input, Ctrl-C. In process, so that jax loads once."""
 
 import ast
+import dataclasses
 import json
 import os
 import re
@@ -568,6 +569,20 @@ def test_every_flag_has_a_text_that_stands_alone(owner):
 def test_flags_survive_config_json():
     args = tyro.cli(rl.Args, args="--llm-cache none --llm-replay a/b --seed 7 --no-trials --lora-rank 3".split())
     assert runs.args_from_flags(rl.Args, json.loads(json.dumps(runs.flags(args)))) == args
+
+
+@dataclasses.dataclass(frozen=True)
+class ForkArgs:
+    pair: tuple[str, int] = ("a", 1)
+    names: tuple[str, ...] = ()
+
+
+def test_tuples_of_a_fork_survive_config_json():
+    args = ForkArgs(names=("x", "y", "z"))
+    assert runs.args_from_flags(ForkArgs, json.loads(json.dumps(runs.flags(args)))) == args
+    for wrong in ({"pair": ["a"]}, {"pair": ["a", "b"]}, {"names": [1]}, {"names": "x"}):
+        with pytest.raises(ValueError, match="^config.json: "):
+            runs.args_from_flags(ForkArgs, wrong)
 
 
 def documented_commands():

@@ -115,7 +115,8 @@ def flags(args: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             found |= flags(value)
         else:
-            found[field.name] = str(value) if isinstance(value, Path) else value
+            kind = {tuple: list}.get(type(value), str if isinstance(value, Path) else None)  # as JSON has it
+            found[field.name] = kind(value) if kind else value
     return found
 
 
@@ -129,7 +130,8 @@ def args_from_flags(args_type: type, values: dict[str, Any]) -> Any:
             value = values.pop(name)
             if not may_be(kind, value):
                 raise ValueError(f"config.json: {name} can't be {clean_line(json.dumps(value))}")
-            made[name] = Path(value) if value is not None and Path in typing.get_args(kind) else value
+            is_path = value is not None and Path in typing.get_args(kind)
+            made[name] = Path(value) if is_path else tuple(value) if isinstance(value, list) else value
     return args_type(**made)
 
 
@@ -139,6 +141,10 @@ def may_be(kind: Any, value: Any) -> bool:
         return value in typing.get_args(kind)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):  # the second is that of an Annotated one
         return any(may_be(one, value) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        kinds = typing.get_args(kind)
+        kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
+        return len(kinds) == len(value) and all(map(may_be, kinds, value))
     like = {float: (int, float), Path: (str,)}.get(kind, (kind,))
     return type(value) in like
 

@@ -480,6 +480,7 @@ def evaluate_and_write(trained: Trained, given: EvalArgs, argv: list[str], conso
         "guidance": trained.args.guidance if given.guidance == "run" else "none",
         "guide": guide_name(trained),
         "seed": given.seed,
+        "num_envs": given.num_envs,
         "ask": given.ask,
     } | evaluate(trained, given, console)
     path = eval_file(trained.folder, given)

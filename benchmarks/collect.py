@@ -131,6 +131,7 @@ def read_evaluation(path: Path) -> dict[str, Any] | None:
 def how(path: Path, found: dict[str, Any], *words: str) -> dict[str, Any]:
     """The command of an evaluation, the commit that it was made with, its main numbers."""
     flags = ["--episodes", str(found["eval_episodes"]), "--seed", str(found["seed"])]
+    flags += ["--num-envs", str(found["num_envs"])] if "num_envs" in found else []  # older evaluations lack it
     command = shlex.join(["python", "evaluate.py", path.parent.name, *flags, *words])
     kept = ("git_commit", "eval_episodes", "episodic_return", "score")
     return {"command": command} | {name: found[name] for name in kept}

@@ -479,6 +479,8 @@ def test_what_evaluate_saw_is_collected(tmp_path):
     found = collect.habits(path)
     assert found["counts"] == {"naps": [8, 4]} and found["deaths"]["thirst"] == 0.75 and "other" not in found
     assert found["command"] == f"python evaluate.py {tmp_path.name} --episodes 4 --seed 1"
+    path.write_text(json.dumps(evaluation(naps=(8, 4)) | {"num_envs": 2}))
+    assert collect.habits(path)["command"].endswith(" --episodes 4 --seed 1 --num-envs 2")
 
 
 def test_the_table_of_habits_has_means_of_shares_and_occasions_a_life(tmp_path):

@@ -75,6 +75,11 @@ def usual(facts: np.ndarray, returns: np.ndarray) -> np.ndarray:
     return inputs @ weights
 
 
+def amount_of(fact: str) -> str:
+    """Returns what a fact is an amount of, "iron >= 1" -> "iron"; any other fact as it is."""
+    return fact.partition(" >= ")[0]
+
+
 def thing_of(fact: str) -> str:
     """Returns what a fact is about: "iron >= 1", "iron in view" -> "iron"."""
     return re.split(" >= | in ", fact)[0]
@@ -173,11 +178,11 @@ class Found:
         needs = {goal: self._needs(goal) for goal in goals}
         amounts = {}  # of each thing the largest that any sub-goal takes
         for i in sorted({i for found in needs.values() for i in found if " >= " in facts[i]}, key=lambda i: true[i]):
-            amounts.setdefault(facts[i].partition(" >= ")[0], i)
+            amounts.setdefault(amount_of(facts[i]), i)
         texts = {}
         for goal in goals:
             brought = self._brought(goal)
-            wanted = [amounts[name] for i in brought if (name := facts[i].partition(" >= ")[0]) in amounts]
+            wanted = [amounts[name] for i in brought if (name := amount_of(facts[i])) in amounts]
             last = [i for i in wanted if i not in needs[goal]] or brought
             texts[goal] = [facts[i] for i in needs[goal]] + [f"not {facts[i]}" for i in last[:1]]
         return {goal: text for goal, text in texts.items() if text}
@@ -222,7 +227,7 @@ class Found:
         """
         like = goal if self.arrays.times[goal] >= MIN_TIMES else self._alike(goal, takes)
         then, times = self.arrays.true_then[like], self.arrays.times[like]
-        names = {text.partition(" >= ")[0] for text in amounts} - {text.partition(" >= ")[0] for text in takes[goal]}
+        names = {amount_of(text) for text in amounts} - {amount_of(text) for text in takes[goal]}
         ones = [f"{name} >= 1" for name in names if f"{name} >= 1" in self.game.fact_numbers]
         return [text for text in ones if then[self.game.fact_numbers[text]] >= ALWAYS * times > 0]
 
@@ -247,8 +252,8 @@ class Found:
         words, things = self._words(), {thing_of(text) for text in game.facts}
         unknown = [goal for goal in range(game.num_basic) if goal not in takes and self.arrays.times[goal] < MIN_TIMES]
         had = {i: thing_of(game.facts[i]) for goal in takes for i in self._brought(goal) if self._is_had(i)}
-        used = {text.partition(" >= ")[0] for texts in takes.values() for text in texts}  # also any amount of it
-        unused = {i for i in had if game.facts[i].partition(" >= ")[0] not in used}
+        used = {amount_of(text) for texts in takes.values() for text in texts}  # also any amount of it
+        unused = {i for i in had if amount_of(game.facts[i]) not in used}
         for goal in unknown:
             if (alike := self._alike(goal, takes)) == goal:
                 continue

@@ -181,7 +181,7 @@ def collect(suite: str, runs_dir: Path, results_dir: Path, allow_dirty: bool = F
             < flags["num_envs"] * flags["num_steps"]
         ):
             raise ValueError(f"{folder} was resumed with another --total-timesteps: no single command makes it")
-        if not allow_dirty and (result["git_commit"] or "-dirty").endswith("-dirty"):
+        if not allow_dirty and run_folder.is_in_no_commit(result["git_commit"]):
             raise ValueError(
                 f"{folder} was made from code that is in no commit ({result['git_commit']}); train it again from a "
                 "clean commit, or say --allow-dirty"

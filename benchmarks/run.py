@@ -159,8 +159,7 @@ VARIANTS = {
     "no-comprehension": Variant("no score", "no comprehension score", "--comprehension none"),
 }
 
-# Without guidance; the others are the method and its ablations.
-# What guidance must beat, in a figure of its own
+# Without guidance, in a figure of their own; the others are the method and its ablations.
 UNGUIDED = ("none", "none-bonus", "facts", "facts-bonus", "facts-pointer")
 
 
@@ -459,7 +458,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    if any(job.state == "waiting" for job in jobs) and (run_folder.git_commit() or "-dirty").endswith("-dirty"):
+    if any(job.state == "waiting" for job in jobs) and run_folder.is_in_no_commit(run_folder.git_commit()):
         way = "commit first, or collect with --allow-dirty"
         print(f"warning: code that is in no commit: plot.py --collect refuses its runs; {way}", file=sys.stderr)
     if not options.slurm:

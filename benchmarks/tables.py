@@ -21,7 +21,7 @@ FULL = "guided"  # the full method
 TUNED = {"experience": "no-sft", "plans": "no-sft", "smollm2-experience": "smollm2-no-sft"}
 NO_GUIDE = {"experience": "echo", "plans": "echo-plans"}  # the same adapter, whose analyses are the advice
 SAID = ("no-adapter", "no-sft", "experience", "plans", "smollm2-no-sft", "smollm2-experience")  # said is shown
-WITHOUT_GUIDE = ("none", "facts")
+WITHOUT_GUIDE = ("none", "facts")  # suites that differ in the guide share these
 COMPARED = {"episodic_return": "return", "score": "score", "training_score": "score in training"}
 ADVICE = {  # of `Result`
     "comprehension": "comprehension", "agreement_before": "agreement before", "agreement_after": "and after tuning",

@@ -163,6 +163,11 @@ def git_commit() -> str | None:
     return git.stdout.strip() or None
 
 
+def is_in_no_commit(commit: str | None) -> bool:
+    """Says whether what `git_commit` returned is of code that nobody can look up."""
+    return not commit or commit.endswith("-dirty")
+
+
 def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 

@@ -115,8 +115,11 @@ def flags(args: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             found |= flags(value)
         else:
-            kind = {tuple: list}.get(type(value), str if isinstance(value, Path) else None)  # as JSON has it
-            found[field.name] = kind(value) if kind else value
+            if isinstance(value, Path):
+                value = str(value)
+            elif isinstance(value, tuple):
+                value = list(value)
+            found[field.name] = value
     return found
 
 
@@ -130,8 +133,11 @@ def args_from_flags(args_type: type, values: dict[str, Any]) -> Any:
             value = values.pop(name)
             if not may_be(kind, value):
                 raise ValueError(f"config.json: {name} can't be {clean_line(json.dumps(value))}")
-            is_path = value is not None and Path in typing.get_args(kind)
-            made[name] = Path(value) if is_path else tuple(value) if isinstance(value, list) else value
+            if isinstance(value, list):
+                value = tuple(value)
+            elif value is not None and Path in typing.get_args(kind):
+                value = Path(value)
+            made[name] = value
     return args_type(**made)
 
 
